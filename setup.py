@@ -1,0 +1,38 @@
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "gpu": ["triton", "xformers", "flash-linear-attention", "lightning-attn"],
+    "eval": ["lm-eval>=0.4.9"],
+    "wandb": ["wandb"],
+    "tensorboard": ["tensorboard"],
+    "remote": ["s3fs", "gcsfs"],
+    "report": ["matplotlib>=3.7"],
+    "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "tensorboard", "matplotlib>=3.7"],
+}
+
+setup(
+    name="open_lm_linear",
+    version="0.1.0",
+    description="Turn a pretrained transformer into a linear recurrent model: SUPRA uptraining on the OpenLM interface",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["open_lm_linear", "open_lm_linear.*"]),
+    # configs/ lies beside the package in a checkout and inside it in a wheel, under the same names.
+    package_data={"open_lm_linear": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy",
+        "safetensors>=0.4",
+        "transformers>=5.0",  # tokenizers, hub downloads and the exported classes; imported where used
+        "gguf>=0.10",  # reads and dequantises GGUF
+        "pyyaml",
+        "tyro>=0.9",  # flags, groups and --help from the dataclasses
+        "tqdm",
+        "fsspec",  # local, S3, GCS and HTTP paths, and gz/xz/zst, behind one open()
+        "zstandard",
+        "psutil",
+    ],
+    extras_require=EXTRAS,
+)
