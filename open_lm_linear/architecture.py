@@ -1,0 +1,145 @@
+"""The architecture of a model in OpenLM's JSON keys. No torch here: reading a config must cost nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from open_lm_linear.cli import UserError, did_you_mean
+
+NORMS = (
+    "default_layer_norm",
+    "lp_layer_norm",
+    "gain_only_layer_norm",
+    "gain_only_lp_layer_norm",
+    "no_wb_layer_norm",
+    "rms_norm",
+)
+FEED_FORWARDS = ("swiglu", "swiglu_torch", "gelu", "gemma_geglu")
+ROTARY_LAYOUTS = ("rotary", "llama_rotary", "head_rotary", "none")
+
+# Keys of OpenLM configs that ask for nothing as long as they hold these values.
+_INERT: dict[str, tuple[Any, ...]] = {
+    "moe_freq": (0, None),
+    "moe_num_experts": (None,),
+    "moe_weight_parallelism": (False, None),
+    "moe_expert_model_parallelism": (False, None),
+    "moe_capacity_factor": (1.25, None),
+    "moe_loss_weight": (0.1, None),
+    "moe_top_k": (2, None),
+    "attn_activation": (None,),
+    "attn_seq_scalar": (None,),
+    "attn_seq_scalar_alpha": (None,),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One architecture. Field names are the keys of OpenLM's model JSON; missing keys have its defaults.
+
+    ``attn_options`` holds every key that belongs to the chosen attention (its ``Config``), such as ``use_decay``.
+    """
+
+    hidden_dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    seq_len: int = 2048
+    n_heads_kv: int | None = None  # None: as many as n_heads
+    qk_head_dim: int | None = None  # None: hidden_dim / n_heads, as for v_head_dim
+    v_head_dim: int | None = None
+    intermediate_dim_ffn: int | None = None  # None: 256 * ceil(int(8 * hidden_dim / 3) / 256), or 4 * hidden_dim for gelu
+    ffn_type: str = "swiglu"
+    model_norm: str = "default_layer_norm"
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    post_embed_norm: bool = False
+    weight_tying: bool = False
+    positional_embedding_type: str = "rotary"
+    rotary_base_frequency: float = 10000.0
+    rotary_scale: float = 1.0
+    rotary_rounding: Literal["none", "bfloat16"] = "none"  # bfloat16: the angles that the reference learned in bf16
+    attn_name: str = "auto"
+    attn_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "n_layers", "n_heads", "vocab_size", "seq_len"):
+            _require_positive_int(name, getattr(self, name))
+        for name in ("n_heads_kv", "qk_head_dim", "v_head_dim", "intermediate_dim_ffn"):
+            if getattr(self, name) is not None:
+                _require_positive_int(name, getattr(self, name))
+        for name, known in (
+            ("model_norm", NORMS),
+            ("ffn_type", FEED_FORWARDS),
+            ("positional_embedding_type", ROTARY_LAYOUTS),
+            ("rotary_rounding", ("none", "bfloat16")),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} {value!r} is not one of {', '.join(known)}.{did_you_mean(str(value), known)}")
+        if self.n_heads % self.kv_heads:
+            raise UserError(f"n_heads {self.n_heads} is not a multiple of n_heads_kv {self.kv_heads}.")
+        if (self.qk_head_dim is None or self.v_head_dim is None) and self.hidden_dim % self.n_heads:
+            raise UserError(
+                f"hidden_dim {self.hidden_dim} is not a multiple of n_heads {self.n_heads}: give qk_head_dim and v_head_dim."
+            )
+        if self.positional_embedding_type != "none" and self.qk_dim % 2:
+            raise UserError(f"rotary embeddings need an even qk_head_dim, not {self.qk_dim}.")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads_kv or self.n_heads
+
+    @property
+    def qk_dim(self) -> int:
+        """Dimension of one query or key head as it leaves the projection."""
+        return self.qk_head_dim or self.hidden_dim // self.n_heads
+
+    @property
+    def v_dim(self) -> int:
+        return self.v_head_dim or self.hidden_dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        if self.intermediate_dim_ffn is not None:
+            return self.intermediate_dim_ffn
+        if self.ffn_type == "gelu":
+            return 4 * self.hidden_dim
+        return 256 * ((int(8 * self.hidden_dim / 3) + 255) // 256)
+
+    def to_json(self) -> dict[str, Any]:
+        """The flat JSON form; ``ModelConfig.from_json(config.to_json()) == config``."""
+        flat = dataclasses.asdict(self)
+        return flat | dict(flat.pop("attn_options"))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], *, source: str = "model config") -> ModelConfig:
+        """Reads OpenLM's flat keys; keys that are not the model's own go to ``attn_options`` unchecked."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"attn_options"}
+        options = {k: v for k, v in values.items() if k not in own}
+        for key, inert in _INERT.items():
+            if key in options and options.pop(key) not in inert:
+                raise UserError(f"{source}: {key} = {values[key]!r} is not supported; remove the key.")
+        missing = [k for k in ("hidden_dim", "n_layers", "n_heads", "vocab_size") if k not in values]
+        if missing:
+            raise UserError(f"{source}: the key {missing[0]!r} is missing.")
+        return cls(**{k: v for k, v in values.items() if k in own}, attn_options=options)
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelConfig:
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is not a readable JSON model config: {error}.") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} is not a JSON object of model config keys.")
+        return cls.from_json(values, source=str(path))
+
+
+def _require_positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} must be a whole number above 0, not {value!r}.")

@@ -1,0 +1,68 @@
+"""The normalisations of OpenLM's ``model_norm``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) over the last dimension, with or without gain and bias.
+
+    ``low_precision`` computes in the autocast dtype (OpenLM's ``lp``); otherwise in float32.
+    """
+
+    def __init__(self, dim: int, eps: float, *, gain: bool, bias: bool, low_precision: bool) -> None:
+        super().__init__()
+        self.shape, self.eps, self.low_precision = (dim,), eps, low_precision
+        self.register_parameter("weight", nn.Parameter(torch.empty(dim)) if gain else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(dim)) if bias else None)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        device = x.device.type
+        if self.low_precision and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        else:
+            dtype = x.dtype if self.low_precision else torch.promote_types(x.dtype, torch.float32)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return F.layer_norm(x.to(dtype), self.shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.shape, self.eps = (dim,), eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def build_norm(name: str, dim: int, eps: float) -> nn.Module:
+    """The norm that OpenLM calls ``name`` over ``dim`` features."""
+    if name == "rms_norm":
+        return RMSNorm(dim, eps)
+    return LayerNorm(
+        dim,
+        eps,
+        gain=name != "no_wb_layer_norm",
+        bias=name in ("default_layer_norm", "lp_layer_norm"),
+        low_precision="lp" in name,
+    )
