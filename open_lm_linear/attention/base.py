@@ -1,0 +1,145 @@
+"""The contract of an attention layer (a sequence mixer) and of the state that it carries from call to call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from open_lm_linear.architecture import ModelConfig
+from open_lm_linear.cli import UserError, did_you_mean
+from open_lm_linear.norms import build_norm
+from open_lm_linear.rotary import Rotary
+
+Tensor = torch.Tensor
+
+
+class State(ABC):
+    """What a layer remembers of a batch of sequences. Never changed in place: a call returns a new one."""
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> State:
+        """The state whose row i is this one's row ``rows[i]`` (beam search, forks, dropping finished rows)."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the remembered content of all rows takes."""
+
+
+class Attention(nn.Module, ABC):
+    """One attention layer: (B, T, hidden_dim) -> (B, T, hidden_dim), causal.
+
+    Any cut of a sequence into calls that hand on the state gives the outputs of one call; padded positions leave
+    no trace; packed documents do not see each other.
+
+    Args:
+        arch: the architecture (dimensions, norms, rotary).
+        options: values for the fields of ``Config``; an unknown key is refused.
+        layer: index of the block, from 0.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """Options of this attention; the fields become flags when it is chosen."""
+
+    def __init__(self, arch: ModelConfig, options: Mapping[str, Any], layer: int) -> None:
+        super().__init__()
+        self.arch, self.layer = arch, layer
+        self.config = self.read_options(options)
+        q, kv = arch.n_heads * arch.qk_dim, arch.kv_heads * (arch.qk_dim + arch.v_dim)
+        self.in_proj = nn.Linear(arch.hidden_dim, q + kv, bias=False)
+        self.out_proj = nn.Linear(arch.n_heads * arch.v_dim, arch.hidden_dim, bias=False)
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        *,
+        keep: Tensor | None = None,
+        first: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State]:
+        """Mixes along the sequence.
+
+        Args:
+            x: (B, T, hidden_dim).
+            positions: (B or 1, T) whole numbers, for the rotary embedding.
+            keep: (B, T) bool, False at padding on either side; None: no padding.
+            first: (B, T) bool, True at the first token of a packed document; None: one document.
+            state: what an earlier call returned; None: the beginning.
+        """
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> float:
+        """Multiply-adds times two of one forward token at context ``seq_len``, projections included."""
+
+    @abstractmethod
+    def state_bytes(self, batch: int, seq_len: int) -> int:
+        """Bytes of state after ``seq_len`` tokens of ``batch`` sequences, with a bfloat16 model."""
+
+    def new_keys(self) -> set[str]:
+        """Parameters (names within the layer) that a softmax checkpoint does not have."""
+        return set()
+
+    def dropped_keys(self) -> set[str]:
+        """Parameters of the softmax layer that this one has no place for."""
+        return set()
+
+    def init_weights(self) -> None:
+        """Initialises every parameter of the layer as OpenLM does: truncated normal of std 1/sqrt(hidden_dim)."""
+        std = 1.0 / math.sqrt(self.arch.hidden_dim)
+        truncated_normal(self.in_proj.weight, std)
+        truncated_normal(self.out_proj.weight, std / math.sqrt(2 * (self.layer + 1)))
+
+    @classmethod
+    def read_options(cls, options: Mapping[str, Any]) -> Any:
+        """``options`` as this attention's ``Config``.
+
+        Raises:
+            UserError: a key that ``Config`` does not have, with the nearest one.
+        """
+        known = [f.name for f in dataclasses.fields(cls.Config)]
+        for key in options:
+            if key not in known:
+                raise UserError(
+                    f"unknown model config key {key!r} for the attention {cls.__name__}.{did_you_mean(key, known)}"
+                )
+        return cls.Config(**options)
+
+    @classmethod
+    def complete(cls, arch: ModelConfig) -> ModelConfig:
+        """``arch`` with every option of this attention spelt out, so that a saved config needs no defaults."""
+        return dataclasses.replace(arch, attn_options=dataclasses.asdict(cls.read_options(arch.attn_options)))
+
+    @classmethod
+    def from_openlm(cls, arch: ModelConfig) -> ModelConfig:
+        """Gives a JSON that names this attention itself the meaning it has in OpenLM; other JSONs never pass here."""
+        return arch
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, K), k (B, T, Hkv, K), v (B, T, Hkv, V) from the fused rows q | k | v."""
+        a = self.arch
+        q, k, v = self.in_proj(x).split((a.n_heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim), -1)
+        return q.unflatten(-1, (a.n_heads, -1)), k.unflatten(-1, (a.kv_heads, -1)), v.unflatten(-1, (a.kv_heads, -1))
+
+    def _projection_flops(self) -> float:
+        return 2.0 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
+
+
+def norm_over_heads(norm: nn.Module, x: Tensor) -> Tensor:
+    """Applies a norm to all heads of (B, T, H, D) together, as OpenLM's qk_norm does."""
+    return norm(x.flatten(2)).unflatten(-1, x.shape[2:])
+
+
+def truncated_normal(weight: Tensor, std: float) -> None:
+    """Normal of ``std``, cut at 3 std."""
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+__all__ = ["Attention", "Rotary", "State", "Tensor", "build_norm", "norm_over_heads", "truncated_normal"]

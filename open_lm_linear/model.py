@@ -1,0 +1,319 @@
+"""The OpenLM-compatible Transformer, whatever its attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from open_lm_linear import attention
+from open_lm_linear.architecture import ModelConfig
+from open_lm_linear.attention.base import State, truncated_normal
+from open_lm_linear.cli import UserError, nearest
+from open_lm_linear.norms import build_norm
+from open_lm_linear.ops.losses import chunked_cross_entropy
+
+Tensor = torch.Tensor
+
+CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs" / "models")
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(gate) * up) with gate | up in one projection (OpenLM's ``w12``)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w3 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * up)
+
+
+class GemmaGeGLU(nn.Module):
+    """down(gelu(gate(x)) * up(x)) with biases and the erf gelu, as OpenLM's ``gemma_geglu``."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden)
+        self.up_proj = nn.Linear(dim, hidden)
+        self.down_proj = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def build_feed_forward(config: ModelConfig) -> nn.Module:
+    """The feed-forward part that OpenLM calls ``ffn_type``."""
+    dim, hidden = config.hidden_dim, config.ffn_dim
+    if config.ffn_type == "gelu":
+        return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
+    if config.ffn_type == "gemma_geglu":
+        return GemmaGeGLU(dim, hidden)
+    return SwiGLU(dim, hidden)
+
+
+class Block(nn.Module):
+    """h = x + attention(norm(x)); h + feed_forward(norm(h))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention = attention.resolve(config.attn_name)(config, config.attn_options, layer)
+        self.feed_forward = build_feed_forward(config)
+        self.attention_norm = build_norm(config.model_norm, config.hidden_dim, config.norm_eps)
+        self.ffn_norm = build_norm(config.model_norm, config.hidden_dim, config.norm_eps)
+
+    def init_weights(self) -> None:
+        self.attention.init_weights()
+        linears = [m for m in self.feed_forward.modules() if isinstance(m, nn.Linear)]
+        for linear in linears:
+            std = 1.0 / math.sqrt(linear.in_features)
+            if linear is linears[-1]:
+                std /= math.sqrt(2 * (self.layer + 1))
+            truncated_normal(linear.weight, std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for norm in (self.attention_norm, self.ffn_norm):
+            norm.init_weights()  # type: ignore[operator]
+
+    def forward(self, x: Tensor, positions: Tensor, keep: Any, first: Any, state: Any) -> tuple[Tensor, State]:
+        mixed, state = self.attention(self.attention_norm(x), positions, keep=keep, first=first, state=state)
+        h = x + mixed
+        return h + self.feed_forward(self.ffn_norm(h)), state
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a model remembers of a batch: one state a layer and the next position (B,) of each row."""
+
+    layers: tuple[State, ...]
+    positions: Tensor
+
+    def select(self, rows: Tensor) -> Past:
+        """The past whose row i is this one's row ``rows[i]``: beam search, forks, dropping finished rows."""
+        return Past(tuple(s.select(rows) for s in self.layers), self.positions.index_select(0, rows))
+
+    def nbytes(self) -> int:
+        """Bytes of all layers' states together, all rows."""
+        return sum(s.nbytes() for s in self.layers)
+
+
+class Transformer(nn.Module):
+    """OpenLM's Transformer: embeddings -> blocks -> norm -> output, keys as in its checkpoints.
+
+    ``state_dict()`` has one key a parameter; ``load_state_dict`` also takes OpenLM's doubled ones (a tied
+    ``output.weight``, the gelu feed-forward under both of its names) and refuses them when they disagree.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        config = dataclasses.replace(config, attn_name=attention.canonical(config.attn_name))
+        self.config = attention.resolve(config.attn_name).complete(config)
+        self.grad_checkpointing = False
+        dim = config.hidden_dim
+        self.tok_embeddings = nn.Embedding(config.vocab_size, dim)
+        self.post_embed_norm = build_norm(config.model_norm, dim, config.norm_eps) if config.post_embed_norm else None
+        self.layers = nn.ModuleList(Block(self.config, i) for i in range(config.n_layers))
+        self.norm = build_norm(config.model_norm, dim, config.norm_eps)
+        self.output = None if config.weight_tying else nn.Linear(dim, config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(_fold_doubled_keys)
+
+    def init_weights(self) -> None:
+        """Initialises every parameter, so that a model built on the meta device is whole after ``to_empty``."""
+        std = 1.0 / math.sqrt(self.config.hidden_dim)
+        truncated_normal(self.tok_embeddings.weight, std)
+        if self.output is not None:
+            truncated_normal(self.output.weight, std)
+        for module in (self.post_embed_norm, *self.layers, self.norm):
+            if module is not None:
+                module.init_weights()  # type: ignore[operator]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Past | None = None,
+        use_cache: bool = False,
+        attention_mask: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Past | None]:
+        """OpenLM's forward.
+
+        Args:
+            input_ids: (B, T) token ids; or ``inputs_embeds`` (B, T, hidden_dim).
+            past_key_values: the third value of an earlier call, whose tokens come before these.
+            use_cache: whether to return the past for a later call.
+            attention_mask: (B, T) or, as Hugging Face grows it, (B, past + T); 0 at padding, left or right.
+            first: (B, T) bool, True at the first token of each packed document.
+
+        Returns:
+            logits (B, T, vocab_size) in float32, hidden (B, T, hidden_dim) after the final norm, and the past.
+        """
+        hidden, past = self.hidden(input_ids, inputs_embeds, past_key_values, attention_mask, first)
+        logits = F.linear(hidden, self.head_weight().to(hidden.dtype))
+        return logits.float() if logits.dtype != torch.float64 else logits, hidden, past if use_cache else None
+
+    def hidden(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        past: Past | None = None,
+        attention_mask: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, Past]:
+        """The hidden states (B, T, hidden_dim) after the final norm, without logits, and the past."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        keep = _keep(attention_mask, x.shape[1])
+        positions, following = _positions(x, past, keep, first)
+        if self.post_embed_norm is not None:
+            x = self.post_embed_norm(x)
+        states: list[State] = []
+        for i, layer in enumerate(self.layers):
+            before = None if past is None else past.layers[i]
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x, state = torch.utils.checkpoint.checkpoint(layer, x, positions, keep, first, before, use_reentrant=False)
+            else:
+                x, state = layer(x, positions, keep, first, before)
+            states.append(state)
+        return self.norm(x), Past(tuple(states), following)
+
+    def loss(self, input_ids: Tensor, targets: Tensor, z_loss: float = 0.0, first: Tensor | None = None) -> Tensor:
+        """Sum of the cross entropy (nats) over targets (B, T) other than -100, plus z_loss * sum(logsumexp^2).
+
+        The logits of all tokens never stand in memory at once. Returns a pair (2,): cross entropy, total.
+        """
+        hidden, _ = self.hidden(input_ids, first=first)
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss)
+
+    def head_weight(self) -> Tensor:
+        """The output matrix (vocab_size, hidden_dim), tied or not."""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
+
+    def new_keys(self) -> set[str]:
+        """State-dict keys that a softmax checkpoint of this architecture does not have."""
+        return {f"layers.{i}.attention.{k}" for i, b in enumerate(self.layers) for k in b.attention.new_keys()}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of one forward token at context ``seq_len``: every matrix product, by each layer's own count."""
+        total = 2.0 * self.config.vocab_size * self.config.hidden_dim
+        for block in self.layers:
+            total += block.attention.flops_per_token(seq_len)
+            total += sum(2.0 * m.weight.numel() for m in block.feed_forward.modules() if isinstance(m, nn.Linear))
+        return total
+
+    def state_bytes(self, batch: int, seq_len: int) -> int:
+        return sum(block.attention.state_bytes(batch, seq_len) for block in self.layers)
+
+
+def _keep(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """The mask of the present tokens as bool (B, T), or None where nothing is padded."""
+    if attention_mask is None:
+        return None
+    keep = attention_mask[:, -tokens:].bool()
+    return None if bool(keep.all()) else keep
+
+
+def _positions(x: Tensor, past: Past | None, keep: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Position of each token (B or 1, T), counting neither padding nor earlier documents, and of the next (B,)."""
+    batch, tokens = x.shape[:2]
+    index = torch.arange(tokens, device=x.device)
+    begin = torch.zeros(batch, dtype=torch.long, device=x.device) if past is None else past.positions
+    if keep is None and first is None:
+        return (index[None] if past is None else begin[:, None] + index), begin + tokens
+    real = torch.ones(batch, tokens, dtype=torch.long, device=x.device) if keep is None else keep.long()
+    count = begin[:, None] + real.cumsum(1)  # tokens so far, this one included
+    if first is not None:
+        # The count before the latest first token is what the present document does not have.
+        before = torch.where(first, count - real, torch.zeros_like(count))
+        count = count - before.cummax(1).values
+    return (count - 1).clamp(min=0), count[:, -1]
+
+
+def _fold_doubled_keys(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Removes the second name of a tensor that OpenLM stores under two; both must agree."""
+    doubled = {}
+    for key in list(state):
+        name = key[len(prefix) :] if key.startswith(prefix) else ""
+        if name == "output.weight" and module.config.weight_tying:  # type: ignore[union-attr]
+            doubled[key] = prefix + "tok_embeddings.weight"
+        for old, new in (("._ff_w1.", ".feed_forward.0."), ("._ff_w2.", ".feed_forward.2.")):
+            if old in name:
+                doubled[key] = prefix + name.replace(old, new)
+    for key, kept in doubled.items():
+        value = state.pop(key)
+        if kept not in state:
+            state[kept] = value
+        elif state[kept].shape != value.shape or not torch.equal(state[kept], value):
+            raise UserError(f"the checkpoint's {key!r} and {kept!r} name one tensor but hold different values.")
+
+
+def known_configs() -> dict[str, Path]:
+    """Architectures that ship with the package: name -> JSON file."""
+    return {p.stem: p for folder in CONFIG_FOLDERS if folder.is_dir() for p in sorted(folder.glob("*.json"))}
+
+
+def read_config(source: str | Path, attn_name: str | None = None, **changes: Any) -> ModelConfig:
+    """An architecture from a known name or a JSON file, with another attention or other fields where asked.
+
+    A file that names its attention itself is read with OpenLM's defaults for it; an attention given here, the
+    swap, starts from our own.
+
+    Raises:
+        UserError: an unknown name, or a file that is not a model config.
+    """
+    path = Path(source)
+    if path.suffix != ".json":
+        known = known_configs()
+        if str(source) not in known:
+            raise UserError(f"unknown model {str(source)!r}; known: {nearest(str(source), known)}; or give a .json path.")
+        path = known[str(source)]
+    config = ModelConfig.from_file(path)
+    config = attention.resolve(config.attn_name).from_openlm(config)
+    return swap(config, attn_name, **changes)
+
+
+def swap(config: ModelConfig, attn_name: str | None, **changes: Any) -> ModelConfig:
+    """``config`` with another attention, whose options are kept where they belong to it, and with ``changes``."""
+    own = {f.name for f in dataclasses.fields(ModelConfig)}
+    options = {**config.attn_options, **{k: v for k, v in changes.items() if k not in own}}
+    name = attention.canonical(attn_name or config.attn_name)
+    if name != attention.canonical(config.attn_name):
+        kept = {f.name for f in dataclasses.fields(attention.resolve(name).Config)} | set(changes)
+        options = {k: v for k, v in options.items() if k in kept}
+    fields = {k: v for k, v in changes.items() if k in own}
+    return dataclasses.replace(config, attn_name=name, attn_options=options, **fields)
+
+
+def create_model(
+    config: str | Path | ModelConfig,
+    attn_name: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    **changes: Any,
+) -> Transformer:
+    """A model with random weights from an OpenLM JSON (path or known name) or a ``ModelConfig``.
+
+    Args:
+        attn_name: another attention than the config's (``softmax``, ``linear``, ``package.module:Class``).
+        changes: fields of the config or options of the attention, such as ``seq_len=4096`` or ``use_decay=False``.
+    """
+    if isinstance(config, ModelConfig):
+        config = swap(config, attn_name, **changes)
+    else:
+        config = read_config(config, attn_name, **changes)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.init_weights()
+    return model
