@@ -24,7 +24,21 @@ Tensor = torch.Tensor
 CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs" / "models")
 
 
-class SwiGLU(nn.Module):
+class FeedForward(nn.Module):
+    """What the feed-forward parts share: OpenLM's initialisation, by the depth of the block."""
+
+    layer: int
+
+    def init_weights(self) -> None:
+        linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        for linear in linears:
+            std = 1.0 / math.sqrt(linear.in_features)
+            truncated_normal(linear.weight, std / math.sqrt(2 * (self.layer + 1)) if linear is linears[-1] else std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+
+class SwiGLU(FeedForward):
     """w3(silu(gate) * up) with gate | up in one projection (OpenLM's ``w12``)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -37,7 +51,7 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * up)
 
 
-class GemmaGeGLU(nn.Module):
+class GemmaGeGLU(FeedForward):
     """down(gelu(gate(x)) * up(x)) with biases and the erf gelu, as OpenLM's ``gemma_geglu``."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -50,14 +64,19 @@ class GemmaGeGLU(nn.Module):
         return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def build_feed_forward(config: ModelConfig) -> nn.Module:
+class GELU(nn.Sequential, FeedForward):
+    """The plain two-layer part, under the keys ``0`` and ``2``."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
+
+
+def build_feed_forward(config: ModelConfig, layer: int) -> FeedForward:
     """The feed-forward part that OpenLM calls ``ffn_type``."""
-    dim, hidden = config.hidden_dim, config.ffn_dim
-    if config.ffn_type == "gelu":
-        return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
-    if config.ffn_type == "gemma_geglu":
-        return GemmaGeGLU(dim, hidden)
-    return SwiGLU(dim, hidden)
+    kinds = {"gelu": GELU, "gemma_geglu": GemmaGeGLU}
+    part = kinds.get(config.ffn_type, SwiGLU)(config.hidden_dim, config.ffn_dim)
+    part.layer = layer
+    return part
 
 
 class Block(nn.Module):
@@ -65,24 +84,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.attention = attention.resolve(config.attn_name)(config, config.attn_options, layer)
-        self.feed_forward = build_feed_forward(config)
+        self.feed_forward = build_feed_forward(config, layer)
         self.attention_norm = build_norm(config.model_norm, config.hidden_dim, config.norm_eps)
         self.ffn_norm = build_norm(config.model_norm, config.hidden_dim, config.norm_eps)
 
     def init_weights(self) -> None:
-        self.attention.init_weights()
-        linears = [m for m in self.feed_forward.modules() if isinstance(m, nn.Linear)]
-        for linear in linears:
-            std = 1.0 / math.sqrt(linear.in_features)
-            if linear is linears[-1]:
-                std /= math.sqrt(2 * (self.layer + 1))
-            truncated_normal(linear.weight, std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        for norm in (self.attention_norm, self.ffn_norm):
-            norm.init_weights()  # type: ignore[operator]
+        for part in (self.attention, self.feed_forward, self.attention_norm, self.ffn_norm):
+            part.init_weights()  # type: ignore[operator]
 
     def forward(self, x: Tensor, positions: Tensor, keep: Any, first: Any, state: Any) -> tuple[Tensor, State]:
         mixed, state = self.attention(self.attention_norm(x), positions, keep=keep, first=first, state=state)
@@ -128,13 +137,16 @@ class Transformer(nn.Module):
 
     def init_weights(self) -> None:
         """Initialises every parameter, so that a model built on the meta device is whole after ``to_empty``."""
-        std = 1.0 / math.sqrt(self.config.hidden_dim)
-        truncated_normal(self.tok_embeddings.weight, std)
-        if self.output is not None:
-            truncated_normal(self.output.weight, std)
-        for module in (self.post_embed_norm, *self.layers, self.norm):
-            if module is not None:
-                module.init_weights()  # type: ignore[operator]
+        for module in self.children():
+            for part in module if isinstance(module, nn.ModuleList) else (module,):
+                self.init_part(part)
+
+    def init_part(self, part: nn.Module) -> None:
+        """Initialises one child of the model or of a block: embeddings, a block, a norm, the output."""
+        if isinstance(part, (nn.Embedding, nn.Linear)):
+            truncated_normal(part.weight, 1.0 / math.sqrt(self.config.hidden_dim))
+        else:
+            part.init_weights()  # type: ignore[operator]
 
     def forward(
         self,
