@@ -18,9 +18,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["open_lm_linear", "open_lm_linear.*"]),
-    # configs/ lies beside the package in a checkout and inside it in a wheel, under the same names.
-    package_data={"open_lm_linear": ["py.typed"]},
+    # configs/ lies beside the package in a checkout and inside it in a wheel.
+    packages=[*find_packages(include=["open_lm_linear", "open_lm_linear.*"]), "open_lm_linear.configs"],
+    package_dir={"open_lm_linear.configs": "configs"},
+    package_data={"open_lm_linear": ["py.typed"], "open_lm_linear.configs": ["models/*.json", "runs/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         "numpy",

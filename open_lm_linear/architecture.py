@@ -143,3 +143,52 @@ class ModelConfig:
 def _require_positive_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} must be a whole number above 0, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model is trained, and what is changed in it. What is not given stays as the model's file has it."""
+
+    model: str = ""
+    """Architecture to train from scratch: a name under configs/models or a .json path."""
+    pretrained: str = ""
+    """Pretrained weights: smollm2, mistral, llama2, llama3, a folder, a GGUF file, a hub id, a run of ours."""
+    attn_name: str = ""
+    """Attention to swap in: linear, softmax, or package.module:Class. Its options become flags."""
+    model_norm: str = ""
+    """One of OpenLM's norms."""
+    ffn_type: str = ""
+    """swiglu, swiglu_torch, gelu or gemma_geglu."""
+    qk_norm: bool = False
+    """Normalise queries and keys over all heads together."""
+    positional_embedding_type: str = ""
+    """rotary (Hugging Face layout), llama_rotary (Meta's), head_rotary or none."""
+    rotary_base_frequency: float | None = None
+    """Base of the rotary frequencies."""
+    rotary_scale: float | None = None
+    """Positions are divided by this."""
+    rotary_rounding: str = ""
+    """bfloat16 reproduces the angles of checkpoints that the reference trained in bf16."""
+    n_heads_kv: int | None = None
+    """Key-value heads."""
+    qk_head_dim: int | None = None
+    """Dimension of a query or key head."""
+    v_head_dim: int | None = None
+    """Dimension of a value head."""
+    intermediate_dim_ffn: int | None = None
+    """Width of the feed-forward part."""
+    attn: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the attention that were given."""
+
+    def changes(self) -> dict[str, Any]:
+        """What was given beyond the choice of model: fields of ModelConfig and options of the attention."""
+        own = {f.name for f in dataclasses.fields(ModelConfig)} - {"attn_name"}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in own}
+        return {k: v for k, v in given.items() if v not in ("", None, False)} | dict(self.attn)
+
+
+def shipped(kind: str, suffix: str) -> dict[str, Path]:
+    """The files of configs/``kind`` that come with the package: name -> path."""
+    here = Path(__file__).parent
+    folders = (here / "configs" / kind, here.parent / "configs" / kind)  # in a wheel, in a checkout
+    return {p.stem: p for folder in folders if folder.is_dir() for p in sorted(folder.glob(f"*{suffix}"))}

@@ -13,15 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from open_lm_linear import attention
-from open_lm_linear.architecture import ModelConfig
+from open_lm_linear.architecture import ModelConfig, shipped
 from open_lm_linear.attention.base import State, truncated_normal
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.norms import build_norm
 from open_lm_linear.ops.losses import chunked_cross_entropy
 
 Tensor = torch.Tensor
-
-CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs" / "models")
 
 
 class FeedForward(nn.Module):
@@ -269,11 +267,6 @@ def _fold_doubled_keys(module: nn.Module, state: dict[str, Tensor], prefix: str,
             raise UserError(f"the checkpoint's {key!r} and {kept!r} name one tensor but hold different values.")
 
 
-def known_configs() -> dict[str, Path]:
-    """Architectures that ship with the package: name -> JSON file."""
-    return {p.stem: p for folder in CONFIG_FOLDERS if folder.is_dir() for p in sorted(folder.glob("*.json"))}
-
-
 def read_config(source: str | Path, attn_name: str | None = None, **changes: Any) -> ModelConfig:
     """An architecture from a known name or a JSON file, with another attention or other fields where asked.
 
@@ -285,7 +278,7 @@ def read_config(source: str | Path, attn_name: str | None = None, **changes: Any
     """
     path = Path(source)
     if path.suffix != ".json":
-        known = known_configs()
+        known = shipped("models", ".json")
         if str(source) not in known:
             raise UserError(f"unknown model {str(source)!r}; known: {nearest(str(source), known)}; or give a .json path.")
         path = known[str(source)]

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from open_lm_linear import attention
-from open_lm_linear.architecture import ModelConfig
+from open_lm_linear.architecture import ModelConfig, ModelSection
 from open_lm_linear.cli import UserError
-from open_lm_linear.model import Transformer, swap
+from open_lm_linear.model import Transformer, read_config, swap
 from open_lm_linear.pretrained.presets import PRESETS, Preset
 from open_lm_linear.pretrained.sources import Source, open_source
 
 Tensor = torch.Tensor
 
-__all__ = ["PRESETS", "Preset", "initialise", "load_pretrained", "load_tokenizer", "load_weights", "open_source"]
+__all__ = ["PRESETS", "Preset", "Source", "build_model", "initialise", "load_pretrained", "load_tokenizer", "load_weights", "open_source"]
 
 
 @dataclass
@@ -60,6 +60,24 @@ def load_pretrained(
     return model.eval()
 
 
+def build_model(
+    section: ModelSection, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+) -> Transformer:
+    """The model of a run as it stands before its first step: pretrained, its attention swapped, or from scratch."""
+    if section.pretrained:
+        return load_pretrained(section.pretrained, section.attn_name or None, dtype, device, seed, **section.changes())
+    with torch.device("meta"):
+        model = Transformer(read_config(section.model, section.attn_name or None, **section.changes()))
+    model = model.to(dtype).to_empty(device=device)
+    initialise(model, seed)
+    return model.eval()
+
+
+def is_swap(model: Transformer, source: Source) -> bool:
+    """Whether the model has another attention than the checkpoint."""
+    return model.config.attn_name != attention.canonical(source.config.attn_name)
+
+
 def load_weights(model: Transformer, source: Source, seed: int = 0) -> Loaded:
     """Fills every parameter of ``model``, sharded or not: from the checkpoint, and the new ones from ``seed``.
 
@@ -69,7 +87,7 @@ def load_weights(model: Transformer, source: Source, seed: int = 0) -> Loaded:
         UserError: a missing, an unexpected or a mis-shaped tensor, by its key.
     """
     params = dict(model.named_parameters())
-    swapped = model.config.attn_name != attention.canonical(source.config.attn_name)
+    swapped = is_swap(model, source)
     loaded = Loaded()
     available = source.reader.names()
     keys = source.keys or {name: (name,) for name in available}

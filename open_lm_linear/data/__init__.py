@@ -1,0 +1,1 @@
+"""Token data: text -> shards (``prepare``) -> an exactly resumable stream of batches (``stream``)."""

@@ -1,0 +1,164 @@
+"""Processes, devices, precision and sharding: one process or torchrun, one mechanism (FSDP2) for all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from open_lm_linear.cli import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from open_lm_linear.model import Transformer
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Devices, precision and sharding."""
+
+    device: str = ""
+    """cpu, cuda or cuda:N. Empty: the GPU of this rank where there is one."""
+    precision: Literal["amp_bf16", "amp_bfloat16", "bf16", "fp32"] = "amp_bf16"
+    """amp_bf16: float32 weights, bf16 compute. bf16: bf16 throughout. fp32: float32 throughout."""
+    fsdp: bool = False
+    """Shard parameters, gradients and optimiser over all ranks; without it every rank holds them all."""
+    grad_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+    torchcompile: bool = False
+    """Compile each block."""
+    dist_backend: str = ""
+    """nccl or gloo. Empty: nccl on GPUs, gloo on CPUs."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    precision: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> Any:
+        """bf16 autocast under amp, nothing otherwise."""
+        import torch
+
+        if not self.precision.startswith("amp"):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of ``value`` over all ranks."""
+        import torch.distributed as dist
+
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        """The largest ``value`` over all ranks."""
+        import torch.distributed as dist
+
+        if self.world_size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+    def barrier(self) -> None:
+        import torch.distributed as dist
+
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def setup(cfg: ParallelConfig) -> Iterator[Context]:
+    """The process group (under torchrun) and the device, for as long as the block runs."""
+    import torch
+    import torch.distributed as dist
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = _device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group(cfg.dist_backend or ("nccl" if device.type == "cuda" else "gloo"))
+    try:
+        yield Context(rank, world, device, cfg.precision)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def _device(cfg: ParallelConfig, local_rank: int) -> torch.device:
+    import torch
+
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is not a device: give cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name} asks for a GPU, and torch sees none on this machine.")
+    return device
+
+
+def apply(model: Transformer, cfg: ParallelConfig, ctx: Context) -> Transformer:
+    """Activation checkpointing, compilation per block, sharding per block and root, in this order, on a meta model.
+
+    On several ranks without ``fsdp`` the same mechanism replicates: a mesh of (ranks, 1) keeps every parameter whole
+    and averages gradients.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    model.grad_checkpointing = cfg.grad_checkpointing
+    if cfg.torchcompile:
+        for layer in model.layers:
+            layer.compile()
+    if ctx.world_size == 1:
+        return model
+    kind = ctx.device.type
+    if cfg.fsdp:
+        mesh = init_device_mesh(kind, (ctx.world_size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(kind, (ctx.world_size, 1), mesh_dim_names=("replicate", "shard"))
+    compute = torch.bfloat16 if ctx.precision.startswith("amp") and kind == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "loss")
+    return model
+
+
+def accumulating(model: Transformer, ctx: Context, last: bool) -> None:
+    """Before each backward pass: whether gradients are exchanged now (the last of a step) or kept for later."""
+    if ctx.world_size > 1:
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+def clip_gradients(model: Transformer, limit: float | None) -> float:
+    """The norm of all gradients together, over all ranks, before they are scaled down to ``limit``."""
+    import torch
+
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(params, float("inf") if limit is None else limit)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
