@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,15 @@ class ModelConfig:
         for name in ("n_heads_kv", "qk_head_dim", "v_head_dim", "intermediate_dim_ffn"):
             if getattr(self, name) is not None:
                 _require_positive_int(name, getattr(self, name))
+        for name in ("norm_eps", "rotary_base_frequency", "rotary_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise UserError(f"{name} must be a number above 0, not {value!r}.")
+        for name in ("qk_norm", "post_embed_norm", "weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+        if not isinstance(self.attn_name, str):
+            raise UserError(f"attn_name must be the name of an attention, not {self.attn_name!r}.")
         for name, known in (
             ("model_norm", NORMS),
             ("ffn_type", FEED_FORWARDS),

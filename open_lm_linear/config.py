@@ -103,6 +103,8 @@ def from_cli(argv: Sequence[str] | None = None) -> Config:
         UserError: an unknown flag, key, file or attention, a value of the wrong kind, or a run without model or data.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--"]:  # torchrun takes --logs for an abbreviation of its own; `-m ... -- --logs X` gets it past
+        argv = argv[1:]
     file = _read_file(path) if (path := _peek(argv, "config")) else {}
     pretrained = _peek(argv, "pretrained") or file.get("pretrained")
     values = {**_recipe(pretrained), **file}

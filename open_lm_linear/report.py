@@ -9,6 +9,7 @@ reads the run folder's ``config.yaml``, ``metrics.jsonl`` and ``results.jsonl`` 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +136,8 @@ def _seconds(metrics: list[dict[str, Any]]) -> float | None:
 
 def _settings(config: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of ``SETTINGS`` from the run's config, and where it is silent from the model that came of it."""
-    flat = {**model, **{k: v for k, v in config.items() if v not in (None, "")}}
-    return {name: flat[name] for name in SETTINGS if flat.get(name) is not None}
+    flat = {**model, **{k: v for k, v in config.items() if v is not None}}
+    return {name: flat[name] for name in SETTINGS if flat.get(name) not in (None, "", [])}
 
 
 def _comparison(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -176,7 +177,7 @@ def _decoding_tables(part: Mapping[str, Any]) -> list[Table]:
     cells = {(row["model"], row["context_tokens"]): row for row in part["rows"]}
     contexts = sorted({context for _, context in cells})
     header = ["context"]
-    for column in ("MB per sequence", "ms per token", "prefill tokens/s"):
+    for column in ("MB", "ms", "tokens/s"):
         header += [f"{name} {column}" for name in names]
     rows = []
     for context in contexts:
@@ -184,7 +185,10 @@ def _decoding_tables(part: Mapping[str, Any]) -> list[Table]:
         row = [f"{context:,}", *(f"{r['state_bytes'] / 1e6:.2f}" for r in of)]
         row += [f"{r['milliseconds_per_token']:.1f}" for r in of]
         rows.append((*row, *(_number(r["prefill_tokens_per_second"], "{:,.0f}") for r in of)))
-    title = f"Decoding one sequence at growing context ({part['weights']} weights, median per token)"
+    title = (
+        f"Decoding one sequence at growing context ({part['weights']} weights): MB of memory, ms per token (median), "
+        "tokens/s of the prompt"
+    )
     return [Table(title, tuple(header), tuple(rows))]
 
 
@@ -199,7 +203,7 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         found.append(line + ".")
     if training["tokens"]:
         low, high = (f"{tokens / 1e9:.0f}" for tokens in paper["tokens"])
-        of_low, of_high = (f"{100 * share:.2g} %" for share in paper["share"])
+        of_low, of_high = (_percent(share) for share in paper["share"])
         found.append(
             f"Trained on {training['tokens']:,} tokens in {training['steps']:,} steps"
             + (f" and {_duration(training['seconds'])}" if training["seconds"] else "")
@@ -223,10 +227,12 @@ def _growth(part: Mapping[str, Any]) -> list[str]:
     for name in dict.fromkeys(row["model"] for row in part["rows"]):
         rows = sorted((r for r in part["rows"] if r["model"] == name), key=lambda r: r["context_tokens"])
         first, last = rows[0], rows[-1]
+        size, ms = ([row[key] for row in (first, last)] for key in ("state_bytes", "milliseconds_per_token"))
+        grown = f"goes from {size[0] / 1e6:.2f} to" if size[0] != size[1] else "stays at"
         found.append(
-            f"From {first['context_tokens']:,} to {last['context_tokens']:,} tokens of context the memory of "
-            f"the {name} model goes from {first['state_bytes'] / 1e6:.2f} to {last['state_bytes'] / 1e6:.2f} MB per sequence, "
-            f"its time from {first['milliseconds_per_token']:.1f} to {last['milliseconds_per_token']:.1f} ms per token."
+            f"From {first['context_tokens']:,} to {last['context_tokens']:,} tokens of context the {name} model's "
+            f"memory {grown} {size[1] / 1e6:.2f} MB per sequence, and its time goes from {ms[0]:.1f} to {ms[1]:.1f} ms "
+            "per token."
         )
     if any(row["prefill_tokens_per_second"] is None for row in part["rows"]):
         found.append(
@@ -256,8 +262,8 @@ def markdown(facts: Mapping[str, Any]) -> str:
             f"Samples: temperature {s['temperature']:g}, repetition penalty {s['repetition_penalty']:g}, "
             f"at most {s['max_new_tokens']} tokens."
         )
-    text.append(_facts_table("What was run", _run_facts(facts)))
-    text.append(_facts_table("Where it was measured", _machine_facts(evaluation)))
+    text.append(_listed("What was run", _run_facts(facts)))
+    text.append(_listed("Where it was measured", _machine_facts(evaluation)))
     return "\n\n".join(text) + "\n"
 
 
@@ -282,8 +288,12 @@ def _machine_facts(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in machine.items() if v is not None} | times
 
 
-def _facts_table(title: str, rows: Mapping[str, Any]) -> str:
-    return Table(title, ("", "value"), tuple((k, str(v)) for k, v in rows.items())).markdown()
+def _listed(title: str, rows: Mapping[str, Any]) -> str:
+    return "\n".join([f"### {title}", "", *(f"- {name}: {_plain(value)}" for name, value in rows.items())])
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def plot(run: Path, facts: Mapping[str, Any]) -> list[str]:
@@ -320,13 +330,13 @@ def _loss_figure(plt: Any, facts: Mapping[str, Any]) -> Any:
     tokens, losses = zip(*training["curve"], strict=True)
     axes.plot(tokens, losses, color=COLOURS["uptrained"], lw=1.2, alpha=0.75, label="training loss")
     models = facts["evaluation"].get("perplexity", {}).get("models", {})
-    for name in ("swapped", "teacher"):
+    for name, x, side in (("swapped", 0.995, "right"), ("teacher", 0.005, "left")):  # where the curve is not
         level = models.get(name, {}).get("nats_per_token")
         if level is not None:
             axes.axhline(level, color=COLOURS[name], lw=1.2, ls="--")
             label = f"{LABELS[name]}, held-out: {level:.2f}"
             where = axes.get_yaxis_transform()  # x from 0 to 1 over the axes, y in nats
-            axes.text(0.995, level, label, transform=where, ha="right", va="bottom", color=COLOURS[name], fontsize=9)
+            axes.text(x, level, label, transform=where, ha=side, va="bottom", color=COLOURS[name], fontsize=9)
     points = list(training["held_out"])
     level = models.get("uptrained", {}).get("nats_per_token")
     if level is not None and training["tokens"]:
@@ -376,6 +386,11 @@ def _tokens(n: float) -> str:
 
 def _number(value: float | None, form: str = "{:,.2f}") -> str:
     return "-" if value is None else form.format(value)
+
+
+def _percent(share: float) -> str:
+    """Two digits that count, never in powers of ten: 3e-6 -> 0.00030 %."""
+    return f"{100 * share:.{max(0, 1 - math.floor(math.log10(100 * share)))}f} %"
 
 
 def _duration(seconds: float) -> str:

@@ -48,7 +48,7 @@ def resolve(name: str) -> type[Attention]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"the attention plug-in {name!r} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, Attention)):
         raise UserError(f"the attention plug-in {name!r} is not a subclass of open_lm_linear.attention.base.Attention.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,9 +109,13 @@ class Attention(nn.Module, ABC):
         known = [f.name for f in dataclasses.fields(cls.Config)]
         for key in options:
             if key not in known:
-                raise UserError(
-                    f"unknown model config key {key!r} for the attention {cls.__name__}.{did_you_mean(key, known)}"
-                )
+                near = did_you_mean(key, known + [f.name for f in dataclasses.fields(ModelConfig)])
+                raise UserError(f"unknown model config key {key!r} for the attention {cls.__name__}.{near}")
+        kinds = typing.get_type_hints(cls.Config)
+        for key, value in options.items():
+            if not _fits(value, kinds[key]):
+                kind = getattr(kinds[key], "__name__", None) if not typing.get_args(kinds[key]) else None
+                raise UserError(f"{key} must be of type {kind or kinds[key]}, not {value!r}.")
         return cls.Config(**options)
 
     @classmethod
@@ -130,6 +136,19 @@ class Attention(nn.Module, ABC):
 
     def _projection_flops(self) -> float:
         return 2.0 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value, as JSON gives it, is of a simple type; types other than the simple ones take anything."""
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_fits(value, k) for k in typing.get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind in (bool, int, str, type(None)):
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return True
 
 
 def norm_over_heads(norm: nn.Module, x: Tensor) -> Tensor:

@@ -137,6 +137,10 @@ class LinearAttention(Attention):
         c = self.config
         if c.feature_map not in ("full", "per_head"):
             raise UserError(f"feature_map must be full or per_head, not {c.feature_map!r}.")
+        if c.feature_dim is not None and c.feature_dim < 1:
+            raise UserError(f"feature_dim must be above 0, not {c.feature_dim}.")
+        if c.feature_dim is not None and c.feature_dim % 2 and self.arch.positional_embedding_type != "none":
+            raise UserError(f"rotary embeddings need an even feature_dim, not {c.feature_dim}.")
         if c.feature_map_init not in ("default", "identity"):
             raise UserError(f"feature_map_init must be default or identity, not {c.feature_map_init!r}.")
         if c.decay_start is not None and (c.use_retnet_slopes or not c.use_decay):
@@ -210,7 +214,8 @@ class LinearAttention(Attention):
     @classmethod
     def complete(cls, arch: ModelConfig) -> ModelConfig:
         arch = super().complete(arch)
-        return replace(arch, attn_options={**arch.attn_options, "feature_dim": arch.attn_options["feature_dim"] or arch.qk_dim})
+        features = arch.attn_options["feature_dim"]
+        return replace(arch, attn_options={**arch.attn_options, "feature_dim": arch.qk_dim if features is None else features})
 
     @classmethod
     def from_openlm(cls, arch: ModelConfig) -> ModelConfig:
@@ -224,7 +229,8 @@ class LinearAttention(Attention):
 
 @lru_cache(maxsize=64)
 def _log_decay(slopes: tuple[float, ...], device: torch.device) -> Tensor:
-    return -torch.tensor(slopes, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # kept for later calls, of which some may be training
+        return -torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
 MIXER = LinearAttention

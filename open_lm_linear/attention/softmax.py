@@ -21,8 +21,10 @@ class _Buffer:
         self.k, self.v, self.document, self.used = k, v, document, k.shape[1]
 
     def fits(self, begin: int, more: int) -> bool:
-        """Whether ``more`` tokens can be written after ``begin`` without touching what another state reads."""
-        return begin == self.used and begin + more <= self.k.shape[1]
+        """Whether ``more`` tokens can be written after ``begin`` without touching what another state or graph reads."""
+        # A graph may need the buffer as it is, and what inference mode made cannot be written outside of it.
+        writable = not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not self.k.is_inference())
+        return writable and begin == self.used and begin + more <= self.k.shape[1]
 
     def write(self, begin: int, k: Tensor, v: Tensor, document: Tensor) -> None:
         end = begin + k.shape[1]
@@ -72,7 +74,8 @@ class KVState(State):
         if self.buffer.fits(self.length, more):
             buffer = self.buffer
         else:
-            capacity = max(length + 64, length * 3 // 2)
+            # Under autograd no room: a later call without it must not write into what the graph has saved.
+            capacity = length if torch.is_grad_enabled() else max(length + 64, length * 3 // 2)
             buffer = _Buffer.copy(self.k, self.v, self.document, capacity)
         buffer.write(self.length, k, v, document)
         return KVState(buffer, length, current, plain)

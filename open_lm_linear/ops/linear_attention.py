@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 Tensor = torch.Tensor
 
@@ -66,7 +67,7 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) 
     k, v = _per_query_head(k, heads), _per_query_head(v, heads)
     scores = torch.einsum("bihk,bjhk->bhij", q, k)
     age = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)
-    slope = torch.zeros(heads, device=q.device) if log_decay is None else log_decay.float()
+    slope = torch.zeros(heads, device=q.device) if log_decay is None else log_decay.to(_state_dtype(q))
     weight = torch.exp(slope[:, None, None] * age.clamp(min=0)) * (age >= 0)
     return torch.einsum("bhij,bjhv->bihv", scores * weight.to(q.dtype), v)
 
@@ -190,6 +191,7 @@ class _Chunked(torch.autograd.Function):
         return _merge_heads(out), states[:, :, -1].flatten(1, 2).clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout, dlast):  # type: ignore[override]
         q, k, v, log_decay, first, states = ctx.saved_tensors
         chunk, groups = ctx.chunk, q.shape[2] // k.shape[2]

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 Tensor = torch.Tensor
 
 IGNORE = -100
-CHUNK = 1024
+LOGITS_CHUNK = 1024
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk: int = CHUNK
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk: int = LOGITS_CHUNK
 ) -> Tensor:
     """Summed cross entropy of ``hidden @ weight.T`` against ``targets``, by chunks of tokens.
 
@@ -72,6 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.stack((entropy, entropy + z_loss * square))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[override]
         grads = []
         for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True):

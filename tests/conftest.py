@@ -1,0 +1,48 @@
+"""What the tests share: the measure of error, cuts of a sequence into calls, small architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from open_lm_linear.architecture import ModelConfig
+
+torch.set_num_threads(2)
+
+
+def relative(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """||out - ref|| / ||ref||, in float64; the absolute norm where the reference is zero."""
+    out, ref = out.detach().double(), ref.detach().double()
+    assert out.shape == ref.shape, f"shapes {tuple(out.shape)} and {tuple(ref.shape)} differ"
+    size = ref.norm().item()
+    return (out - ref).norm().item() / (size if size > 0 else 1.0)
+
+
+def spans(lengths: Iterable[int]) -> Iterator[slice]:
+    """The slices of a sequence that is cut into calls of these lengths."""
+    begin = 0
+    for length in lengths:
+        yield slice(begin, begin + length)
+        begin += length
+
+
+def tiny(attn_name: str = "linear", options: dict[str, Any] | None = None, **fields: Any) -> ModelConfig:
+    """A two-layer architecture of hidden 32, changed by ``fields``, with these options of its attention."""
+    base: dict[str, Any] = {
+        "hidden_dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "vocab_size": 61,
+        "seq_len": 64,
+        "intermediate_dim_ffn": 48,
+        "model_norm": "rms_norm",
+    }
+    return ModelConfig(**{**base, **fields}, attn_name=attn_name, attn_options=options or {})
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,195 @@
+"""The chunked cross entropy against torch's over whole logits: values, gradients, ignored targets, z-loss, dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative, tiny
+
+from open_lm_linear.model import create_model
+from open_lm_linear.ops.losses import IGNORE, chunked_cross_entropy, cross_entropy_per_token
+
+TOKENS, DIM, VOCAB = 50, 16, 37
+
+
+def batch(dtype=torch.float64, ignored=0.3):
+    """hidden (50, 16), weight (37, 16) and targets, of which a share is ignored."""
+    targets = torch.randint(0, VOCAB, (TOKENS,)).masked_fill(torch.rand(TOKENS) < ignored, IGNORE)
+    return torch.randn(TOKENS, DIM, dtype=dtype), torch.randn(VOCAB, DIM, dtype=dtype) / 4, targets
+
+
+def by_torch(hidden, weight, targets, z_loss):
+    """(cross entropy, total) over whole logits; z-loss over the counted tokens only."""
+    logits = hidden @ weight.T
+    entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return entropy, entropy + z_loss * logits.logsumexp(-1)[targets != IGNORE].square().sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 25, 50, 1024])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.3])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_values_and_gradients(dtype, bound, z_loss, chunk):
+    hidden, weight, targets = batch()
+    exact_leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    entropy, total = by_torch(*exact_leaves, targets, z_loss)
+    exact = torch.autograd.grad(3.0 * total, exact_leaves)
+    leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    loss = chunked_cross_entropy(*leaves, targets, z_loss, chunk)
+    assert loss.shape == (2,)
+    assert loss.dtype == dtype
+    assert relative(loss, torch.stack((entropy, total))) < bound
+    for ours, theirs in zip(torch.autograd.grad(3.0 * loss[1], leaves), exact, strict=True):
+        assert ours.dtype == dtype
+        assert relative(ours, theirs) < bound
+
+
+def test_gradcheck():
+    hidden, weight, targets = (x[:6] for x in batch())
+    targets = targets.masked_fill(targets != IGNORE, 3)
+    leaves = [hidden.requires_grad_(), weight.clone().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets, 0.1, 4)[1], leaves)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_frozen_parts_get_no_gradient(frozen):
+    hidden, weight, targets = batch()
+    exact = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    by_torch(*exact, targets, 0.1)[1].backward()
+    hidden.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "hidden")
+    loss = chunked_cross_entropy(hidden, weight, targets, 0.1, 7)[1]
+    assert loss.requires_grad == (frozen != "both")
+    if frozen != "both":
+        loss.backward()
+    for leaf, reference in zip((hidden, weight), exact, strict=True):
+        if leaf.requires_grad:
+            assert relative(leaf.grad, reference.grad) < 1e-12
+        else:
+            assert leaf.grad is None
+
+
+def test_without_a_graph_the_value_is_the_same():
+    hidden, weight, targets = batch()
+    hidden.requires_grad_()
+    with_graph = chunked_cross_entropy(hidden, weight, targets, 0.1, 7)
+    with torch.no_grad():
+        without = chunked_cross_entropy(hidden, weight, targets, 0.1, 7)
+    assert with_graph.requires_grad and not without.requires_grad
+    assert torch.equal(with_graph, without)
+
+
+def test_ignored_targets_have_no_part():
+    """Neither in the entropy nor in z-loss nor in any gradient; where all are ignored, all is zero."""
+    hidden, weight, targets = batch()
+    leaf = hidden.clone().requires_grad_()
+    loss = chunked_cross_entropy(leaf, weight, targets, 0.1, 7)
+    loss[1].backward()
+    assert leaf.grad[targets == IGNORE].abs().max() == 0
+    assert leaf.grad[targets != IGNORE].abs().sum(-1).min() > 0
+    counted = targets != IGNORE
+    assert relative(loss, chunked_cross_entropy(hidden[counted], weight, targets[counted], 0.1)) < 1e-12
+    leaf.grad = None
+    nothing = chunked_cross_entropy(leaf, weight, torch.full_like(targets, IGNORE), 0.1, 7)
+    nothing[1].backward()
+    assert nothing.tolist() == [0, 0]
+    assert leaf.grad.abs().max() == 0
+
+
+def test_the_parts_of_a_batch_add_up():
+    """The sum over micro-batches is the sum over the batch: what accumulation divides by its true token count."""
+    hidden, weight, targets = batch()
+    whole = chunked_cross_entropy(hidden, weight, targets, 0.1)
+    parts = sum(chunked_cross_entropy(hidden[i::3], weight, targets[i::3], 0.1) for i in range(3))
+    assert relative(parts, whole) < 1e-12
+
+
+def test_bfloat16_autocast():
+    """Logits in bfloat16, reductions in float32: the value within 0.5%, the gradients within 2%, in the leaves' dtype."""
+    hidden, weight, targets = batch(torch.float32)
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    entropy, total = by_torch(*exact, targets, 1e-4)
+    total.backward()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(*leaves, targets, 1e-4, 7)
+    loss[1].backward()
+    assert loss.dtype == torch.float32
+    assert relative(loss, torch.stack((entropy, total))) < 5e-3
+    for ours, theirs in zip(leaves, exact, strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert relative(ours.grad, theirs.grad) < 2e-2
+
+
+def test_bfloat16_model():
+    hidden, weight, targets = batch(torch.bfloat16)
+    exact = by_torch(hidden.double(), weight.double(), targets, 0.0)[0]
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss = chunked_cross_entropy(*leaves, targets, 0.0, 7)
+    loss[1].backward()
+    assert loss.dtype == torch.float32
+    assert relative(loss[0], exact) < 5e-3
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, targets = batch(torch.float32)
+    hidden = (hidden * 1e4).requires_grad_()
+    loss = chunked_cross_entropy(hidden, weight, targets, 0.0, 7)
+    loss[1].backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(hidden.grad).all()
+    assert relative(loss[0], by_torch(hidden.double(), weight.double(), targets, 0.0)[0]) < 1e-5
+
+
+def test_a_second_derivative_is_refused():
+    """The gradients are made on the way forward, so that a second derivative would be silently wrong."""
+    hidden, weight, targets = batch()
+    hidden.requires_grad_()
+    with pytest.raises(RuntimeError, match="differenti"):
+        (grad,) = torch.autograd.grad(
+            chunked_cross_entropy(hidden, weight, targets)[1].square(), hidden, create_graph=True
+        )
+        grad.square().sum().backward()
+
+
+def test_a_target_out_of_range_is_an_error():
+    hidden, weight, targets = batch()
+    targets[3] = VOCAB
+    with pytest.raises((RuntimeError, IndexError)):
+        chunked_cross_entropy(hidden, weight, targets)
+
+
+def test_per_token():
+    """The mean over the counted tokens is torch's, and ignored ones are 0."""
+    logits, targets = torch.randn(2, 9, VOCAB), torch.randint(0, VOCAB, (2, 9))
+    targets[0, :4] = IGNORE
+    each = cross_entropy_per_token(logits.bfloat16(), targets)
+    assert each.shape == (2, 9)
+    assert each.dtype == torch.float32
+    assert each[0, :4].abs().max() == 0
+    assert relative(each.sum() / 14, F.cross_entropy(logits.bfloat16().float().flatten(0, 1), targets.flatten())) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_model_s_loss_is_that_of_its_logits(tied):
+    """With packed documents, ignored targets and z-loss; a tied output gets both gradients."""
+    model = create_model(tiny("linear", weight_tying=tied), dtype=torch.float64)
+    ids, targets = torch.randint(0, 61, (2, 20)), torch.randint(0, 61, (2, 20))
+    targets[:, 5:9] = IGNORE
+    first = torch.zeros(2, 20, dtype=torch.bool)
+    first[:, 11] = True
+    grads = []
+    for whole in (True, False):
+        model.zero_grad()
+        if whole:
+            logits = model(ids, first=first)[0].flatten(0, 1)
+            loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            loss = loss + 0.01 * logits.logsumexp(-1)[targets.flatten() != IGNORE].square().sum()
+        else:
+            loss = model.loss(ids, targets, 0.01, first)[1]
+        loss.backward()
+        grads.append((loss, {k: p.grad.clone() for k, p in model.named_parameters()}))
+    assert relative(grads[1][0], grads[0][0]) < 1e-12
+    for key, exact in grads[0][1].items():
+        assert relative(grads[1][1][key], exact) < 1e-10, key
