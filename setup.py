@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -7,14 +9,15 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "remote": ["s3fs", "gcsfs"],
     "report": ["matplotlib>=3.7"],
-    "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "tensorboard", "matplotlib>=3.7"],
+    # accelerate and webdataset: what the tests compare our GGUF reader and our shards with.
+    "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "tensorboard", "matplotlib>=3.7", "accelerate", "webdataset"],
 }
 
 setup(
     name="open_lm_linear",
     version="0.1.0",
     description="Turn a pretrained transformer into a linear recurrent model: SUPRA uptraining on the OpenLM interface",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",

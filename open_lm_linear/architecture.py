@@ -53,7 +53,9 @@ class ModelConfig:
     n_heads_kv: int | None = None  # None: as many as n_heads
     qk_head_dim: int | None = None  # None: hidden_dim / n_heads, as for v_head_dim
     v_head_dim: int | None = None
-    intermediate_dim_ffn: int | None = None  # None: 256 * ceil(int(8 * hidden_dim / 3) / 256), or 4 * hidden_dim for gelu
+    intermediate_dim_ffn: int | None = (
+        None  # None: 256 * ceil(int(8 * hidden_dim / 3) / 256), or 4 * hidden_dim for gelu
+    )
     ffn_type: str = "swiglu"
     model_norm: str = "default_layer_norm"
     norm_eps: float = 1e-5
@@ -95,7 +97,7 @@ class ModelConfig:
             raise UserError(f"n_heads {self.n_heads} is not a multiple of n_heads_kv {self.kv_heads}.")
         if (self.qk_head_dim is None or self.v_head_dim is None) and self.hidden_dim % self.n_heads:
             raise UserError(
-                f"hidden_dim {self.hidden_dim} is not a multiple of n_heads {self.n_heads}: give qk_head_dim and v_head_dim."
+                f"hidden_dim {self.hidden_dim} is no multiple of n_heads {self.n_heads}: give both head dims."
             )
         if self.positional_embedding_type != "none" and self.qk_dim % 2:
             raise UserError(f"rotary embeddings need an even qk_head_dim, not {self.qk_dim}.")

@@ -50,15 +50,20 @@ class TrainState:
 
 
 def save(
-    run: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: TrainState, ctx: Context, config: dict[str, Any]
+    run: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    ctx: Context,
+    config: dict[str, Any],
 ) -> Path:
     """Writes a checkpoint of a model, sharded or not; every rank takes part, rank 0 writes."""
     from safetensors.torch import save_file
     from torch.distributed.checkpoint import state_dict as dcp
 
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-    weights = dcp.get_model_state_dict(model, options=options)
-    moments = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    weights: dict[str, Any] = dcp.get_model_state_dict(model, options=options)
+    moments: dict[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=options)
     folder = run / "checkpoints" / f"step_{state.step:08d}"
     if ctx.is_main:
         partial = folder.with_name(f".{folder.name}.partial")
@@ -93,13 +98,16 @@ def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> 
         if saved.get(key) != value:
             raise UserError(f"{folder}: the checkpoint has {key} = {saved.get(key)!r}, this run {value!r}.")
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-    dcp.set_model_state_dict(model, load_file(folder / "model.safetensors"), options=options)
-    moments = load_file(folder / "optimizer.safetensors")
-    groups = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    weights: dict[str, Any] = load_file(folder / "model.safetensors")
+    dcp.set_model_state_dict(model, weights, options=options)
+    moments: dict[str, Any] = load_file(folder / "optimizer.safetensors")
+    groups: dict[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=options)
     expected = {k for k in groups if k.startswith("state.")}
     if expected != set(moments):
         odd = sorted(expected ^ set(moments))[0]
-        raise UserError(f"{folder}: the optimiser's {odd!r} is not on both sides; was the checkpoint trained with other --train-params?")
+        raise UserError(
+            f"{folder}: the optimiser's {odd!r} is only on one side; was it trained with other --train-params?"
+        )
     dcp.set_optimizer_state_dict(model, optimizer, {**groups, **moments}, options=options)
     return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState)})
 
@@ -120,7 +128,9 @@ def require_whole(folder: Path) -> dict[str, Any]:
         found = path.stat().st_size if path.exists() else None
         if found != size:
             has = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(f"{folder} is a half-written checkpoint: {name} {has} instead of {size} bytes; use an earlier one.")
+            raise UserError(
+                f"{folder} is a half-written checkpoint: {name} {has} instead of {size} bytes; use an earlier one."
+            )
     return record
 
 

@@ -53,8 +53,9 @@ def parse(
 
     argv = list(sys.argv[1:] if argv is None else argv)
     kwargs = {} if default is None else {"default": default}
-    value, unknown = tyro.cli(
-        tyro.conf.OmitArgPrefixes[schema],  # type: ignore[valid-type]
+    # The section's name is left out of its flags, as in OpenLM: --lr, not --optim.lr.
+    value, unknown = tyro.cli(  # type: ignore
+        tyro.conf.OmitArgPrefixes[schema],  # type: ignore
         args=argv,
         prog=prog,
         description=description,

@@ -26,7 +26,9 @@ from open_lm_linear.retired import RETIRED
 
 PROG = "python -m open_lm_linear.main"
 DESCRIPTION = "Train a model: from scratch, or uptrain a pretrained one with its attention swapped."
-SHORTEST = "torchrun -m open_lm_linear.main --attn-name linear --pretrained mistral --train-data DATA/train/manifest.jsonl"
+SHORTEST = (
+    "torchrun -m open_lm_linear.main --attn-name linear --pretrained mistral --train-data DATA/train/manifest.jsonl"
+)
 
 
 @dataclass(frozen=True)
@@ -255,13 +257,16 @@ def _schema(default: Config, options: type | None, given: dict[str, Any]) -> tup
     import tyro
 
     # ModelSection.attn is filled from that section; it is no flag itself.
-    hidden = [("attn", tyro.conf.Suppress[Mapping[str, Any]], field(default_factory=dict))]
+    hidden: list[Any] = [("attn", tyro.conf.Suppress[Mapping[str, Any]], field(default_factory=dict))]
     section = dataclasses.make_dataclass("ModelSection", hidden, bases=(ModelSection,), frozen=True)
     section.__doc__ = ModelSection.__doc__
     values = {name: getattr(default, name) for name in SECTIONS}
     model = {f.name: getattr(default.model, f.name) for f in dataclasses.fields(ModelSection)} | {"attn": {}}
     kind = options or NoOptions
-    fields: list[Any] = [("model", section, field(default_factory=section)), ("attention", kind, field(default_factory=kind))]
+    fields: list[Any] = [
+        ("model", section, field(default_factory=section)),
+        ("attention", kind, field(default_factory=kind)),
+    ]
     schema = dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
     schema.__doc__ = Config.__doc__
     return schema, schema(**{**values, "model": section(**model)}, attention=kind(**given) if options else kind())

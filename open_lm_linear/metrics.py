@@ -49,7 +49,7 @@ def human_bytes(count: float) -> str:
 
 
 class Logger:
-    """Writes to RUN/out.log, metrics.jsonl and results.jsonl, the terminal, TensorBoard and wandb; silent off rank 0."""
+    """Writes to out.log, metrics.jsonl, results.jsonl, the terminal, TensorBoard and wandb; silent off rank 0."""
 
     def __init__(self, run: Path, report_to: str, *, is_main: bool, resolved: dict[str, Any], project: str) -> None:
         self.run, self.is_main = run, is_main
@@ -121,7 +121,9 @@ def _tensorboard(run: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("--report-to tensorboard needs tensorboard: pip install 'open_lm_linear[tensorboard]'.") from error
+        raise UserError(
+            "--report-to tensorboard needs tensorboard: pip install 'open_lm_linear[tensorboard]'."
+        ) from error
     return SummaryWriter(str(run / "tensorboard"))
 
 

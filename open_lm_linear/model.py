@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig, shipped
-from open_lm_linear.attention.base import State, truncated_normal
+from open_lm_linear.attention.base import Attention, State, truncated_normal
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.norms import build_norm
 from open_lm_linear.ops.losses import chunked_cross_entropy
@@ -82,7 +83,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention = attention.resolve(config.attn_name)(config, config.attn_options, layer)
+        self.attention: Attention = attention.resolve(config.attn_name)(config, config.attn_options, layer)
         self.feed_forward = build_feed_forward(config, layer)
         self.attention_norm = build_norm(config.model_norm, config.hidden_dim, config.norm_eps)
         self.ffn_norm = build_norm(config.model_norm, config.hidden_dim, config.norm_eps)
@@ -191,7 +192,9 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             before = None if past is None else past.layers[i]
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x, state = torch.utils.checkpoint.checkpoint(layer, x, positions, keep, first, before, use_reentrant=False)
+                x, state = torch.utils.checkpoint.checkpoint(
+                    layer, x, positions, keep, first, before, use_reentrant=False
+                )
             else:
                 x, state = layer(x, positions, keep, first, before)
             states.append(state)
@@ -205,24 +208,28 @@ class Transformer(nn.Module):
         hidden, _ = self.hidden(input_ids, first=first)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss)
 
+    def blocks(self) -> Iterator[Block]:
+        """The blocks, typed."""
+        return iter(self.layers)  # type: ignore[arg-type]
+
     def head_weight(self) -> Tensor:
         """The output matrix (vocab_size, hidden_dim), tied or not."""
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     def new_keys(self) -> set[str]:
         """State-dict keys that a softmax checkpoint of this architecture does not have."""
-        return {f"layers.{i}.attention.{k}" for i, b in enumerate(self.layers) for k in b.attention.new_keys()}
+        return {f"layers.{i}.attention.{k}" for i, b in enumerate(self.blocks()) for k in b.attention.new_keys()}
 
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of one forward token at context ``seq_len``: every matrix product, by each layer's own count."""
         total = 2.0 * self.config.vocab_size * self.config.hidden_dim
-        for block in self.layers:
+        for block in self.blocks():
             total += block.attention.flops_per_token(seq_len)
             total += sum(2.0 * m.weight.numel() for m in block.feed_forward.modules() if isinstance(m, nn.Linear))
         return total
 
     def state_bytes(self, batch: int, seq_len: int) -> int:
-        return sum(block.attention.state_bytes(batch, seq_len) for block in self.layers)
+        return sum(block.attention.state_bytes(batch, seq_len) for block in self.blocks())
 
 
 def _keep(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -280,7 +287,9 @@ def read_config(source: str | Path, attn_name: str | None = None, **changes: Any
     if path.suffix != ".json":
         known = shipped("models", ".json")
         if str(source) not in known:
-            raise UserError(f"unknown model {str(source)!r}; known: {nearest(str(source), known)}; or give a .json path.")
+            raise UserError(
+                f"unknown model {str(source)!r}; known: {nearest(str(source), known)}; or give a .json path."
+            )
         path = known[str(source)]
     config = ModelConfig.from_file(path)
     config = attention.resolve(config.attn_name).from_openlm(config)

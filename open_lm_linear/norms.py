@@ -7,7 +7,21 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class LayerNorm(nn.Module):
+class Norm(nn.Module):
+    """What the norms share."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def init_weights(self) -> None:
+        """Gain 1, bias 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class LayerNorm(Norm):
     """(x - mean) / sqrt(var + eps) over the last dimension, with or without gain and bias.
 
     ``low_precision`` computes in the autocast dtype (OpenLM's ``lp``); otherwise in float32.
@@ -19,12 +33,6 @@ class LayerNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(torch.empty(dim)) if gain else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(dim)) if bias else None)
         self.init_weights()
-
-    def init_weights(self) -> None:
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         device = x.device.type
@@ -38,24 +46,24 @@ class LayerNorm(nn.Module):
             return F.layer_norm(x.to(dtype), self.shape, weight, bias, self.eps).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * gain over the last dimension, in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.shape, self.eps = (dim,), eps
         self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = None
         self.init_weights()
-
-    def init_weights(self) -> None:
-        nn.init.ones_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return F.rms_norm(x.to(wide), self.shape, None if self.weight is None else self.weight.to(wide), self.eps).to(
+            x.dtype
+        )
 
 
-def build_norm(name: str, dim: int, eps: float) -> nn.Module:
+def build_norm(name: str, dim: int, eps: float) -> Norm:
     """The norm that OpenLM calls ``name`` over ``dim`` features."""
     if name == "rms_norm":
         return RMSNorm(dim, eps)

@@ -52,7 +52,9 @@ class OptimConfig:
         if self.lr_cooldown_end > self.lr:
             raise UserError(f"lr_cooldown_end {self.lr_cooldown_end} is above lr {self.lr}.")
         if self.warmup >= steps and self.lr_scheduler == "cosine":
-            raise UserError(f"warmup {self.warmup} takes the whole run of {steps} steps: lower --warmup or train longer.")
+            raise UserError(
+                f"warmup {self.warmup} takes the whole run of {steps} steps: lower --warmup or train longer."
+            )
 
 
 def schedule(cfg: OptimConfig, step: int, steps: int) -> float:

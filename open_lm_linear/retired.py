@@ -18,7 +18,7 @@ RETIRED = {
     "--attn-activation": "write the attention as a plug-in and name it with --attn-name package.module:Class.",
     "--attn-seq-scalar": "write the attention as a plug-in and name it with --attn-name package.module:Class.",
     "--attn-seq-scalar-alpha": "write the attention as a plug-in and name it with --attn-name package.module:Class.",
-    "--train-data-mix-weights": "prepare one mixed dataset with several --input files; mixing by weight is not there yet.",
+    "--train-data-mix-weights": "prepare one dataset from several --input files; mixing by weight is not there yet.",
     "--train-data-upsampling-factors": "name a manifest several times in --train-data.",
     "--dataset-resampled": _SEQUENTIAL,
     "--disable-buffer": _SEQUENTIAL,

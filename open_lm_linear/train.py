@@ -131,14 +131,12 @@ class Plan:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, cfg: Config, model: Transformer, source: pretrained.Source | None, seq_len: int, ctx: Context
-    ) -> Plan:
+    def of(cls, cfg: Config, model: Transformer, source: pretrained.Source | None, seq_len: int, ctx: Context) -> Plan:
         """Raises UserError where the numbers do not fit together."""
         batch, pieces = cfg.run.global_batch_size, cfg.run.accum_freq
         if batch % (ctx.world_size * pieces):
             raise UserError(
-                f"--global-batch-size {batch} does not divide into {ctx.world_size} ranks x {pieces} (--accum-freq) pieces."
+                f"--global-batch-size {batch} does not divide into {ctx.world_size} ranks x {pieces} (--accum-freq)."
             )
         samples = None if cfg.run.train_num_samples is None else cfg.run.train_num_samples // seq_len
         if samples is None:
@@ -291,7 +289,13 @@ def _report(log: Logger, window: Window, state: TrainState, lr: float, norm: flo
 
 
 def _save(
-    run: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: TrainState, ctx: Context, cfg: Config, log: Logger
+    run: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    ctx: Context,
+    cfg: Config,
+    log: Logger,
 ) -> None:
     before = checkpoint.checkpoints(run)
     folder = checkpoint.save(run, model, optimizer, state, ctx, cfg.flat())

@@ -146,7 +146,7 @@ def run_model(model, ids, lengths, mask=None, first=None, past=None) -> tuple[Te
 @pytest.mark.parametrize(
     "lengths",
     [(1,) * 150, (64, 64, 22), (63, 1, 65, 21), (1, 149), (140, 1, 9)],
-    ids=["tokens", "64", "63-1", "1-149", "140-1"],
+    ids=["tokens", "chunks", "odd", "one", "late"],
 )
 def test_layer_any_cut(variant, lengths):
     layer, x, positions = layer_of(variant), torch.randn(2, 150, 32), torch.arange(150)[None]
@@ -603,9 +603,7 @@ def test_unknown_name_lists_the_known_ones_nearest_first(wrong, near):
 
 def test_plug_in():
     model = create_model(tiny(), PLUGIN, sharpness=3.0)
-    assert (
-        isinstance(model.layers[0].attention, RunningMean) or type(model.layers[0].attention).__name__ == "RunningMean"
-    )
+    assert isinstance(model.layers[0].attention, RunningMean)
     assert model.layers[0].attention.config.sharpness == 3.0
     assert model.config.attn_name == PLUGIN
     assert model.config.attn_options == {"sharpness": 3.0}

@@ -124,7 +124,7 @@ def test_no_unsafe_or_lenient_loading():
             if not isinstance(node, ast.Call):
                 continue
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            if keywords.get("strict") == "False" and not ast.unparse(node.func) == "zip":
+            if keywords.get("strict") == "False" and ast.unparse(node.func) != "zip":
                 wrong.append(f"{where} has strict=False")
             if ast.unparse(node.func).endswith("torch.load") and keywords.get("weights_only") != "True":
                 wrong.append(f"{where} calls torch.load without weights_only=True")

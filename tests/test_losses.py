@@ -105,7 +105,7 @@ def test_the_parts_of_a_batch_add_up():
 
 
 def test_bfloat16_autocast():
-    """Logits in bfloat16, reductions in float32: the value within 0.5%, the gradients within 2%, in the leaves' dtype."""
+    """Logits in bfloat16, reductions in float32: the value within 0.5%, gradients within 2%, in the leaves' dtype."""
     hidden, weight, targets = batch(torch.float32)
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     entropy, total = by_torch(*exact, targets, 1e-4)

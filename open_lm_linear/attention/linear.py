@@ -144,7 +144,9 @@ class LinearAttention(Attention):
         if c.feature_map_init not in ("default", "identity"):
             raise UserError(f"feature_map_init must be default or identity, not {c.feature_map_init!r}.")
         if c.decay_start is not None and (c.use_retnet_slopes or not c.use_decay):
-            raise UserError("decay_start belongs to the lightning slopes: drop it, use_retnet_slopes or --no-use-decay.")
+            raise UserError(
+                "decay_start belongs to the lightning slopes: drop it, use_retnet_slopes or --no-use-decay."
+            )
         if c.decay_start is not None and not c.decay_start > 0:
             raise UserError(f"decay_start must be above 0, not {c.decay_start}; --no-use-decay switches the decay off.")
 
@@ -214,8 +216,10 @@ class LinearAttention(Attention):
     @classmethod
     def complete(cls, arch: ModelConfig) -> ModelConfig:
         arch = super().complete(arch)
-        features = arch.attn_options["feature_dim"]
-        return replace(arch, attn_options={**arch.attn_options, "feature_dim": arch.qk_dim if features is None else features})
+        options = dict(arch.attn_options)
+        if options["feature_dim"] is None:
+            options["feature_dim"] = arch.qk_dim
+        return replace(arch, attn_options=options)
 
     @classmethod
     def from_openlm(cls, arch: ModelConfig) -> ModelConfig:

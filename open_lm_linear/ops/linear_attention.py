@@ -62,7 +62,7 @@ def naive(
 
 
 def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
-    """The masked T x T form without state or resets: what a transformer would compute. Used to compare, never to train."""
+    """The masked T x T form without state or resets: what a transformer would compute. To compare with."""
     heads, tokens = q.shape[2], q.shape[1]
     k, v = _per_query_head(k, heads), _per_query_head(v, heads)
     scores = torch.einsum("bihk,bjhk->bhij", q, k)

@@ -20,7 +20,17 @@ from open_lm_linear.pretrained.sources import Source, open_source
 
 Tensor = torch.Tensor
 
-__all__ = ["PRESETS", "Preset", "Source", "build_model", "initialise", "load_pretrained", "load_tokenizer", "load_weights", "open_source"]
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "Source",
+    "build_model",
+    "initialise",
+    "load_pretrained",
+    "load_tokenizer",
+    "load_weights",
+    "open_source",
+]
 
 
 @dataclass
@@ -91,7 +101,7 @@ def load_weights(model: Transformer, source: Source, seed: int = 0) -> Loaded:
     loaded = Loaded()
     available = source.reader.names()
     keys = source.keys or {name: (name,) for name in available}
-    dropped = {f"layers.{i}.attention.{k}" for i, b in enumerate(model.layers) for k in b.attention.dropped_keys()}  # type: ignore[union-attr, operator]
+    dropped = {f"layers.{i}.attention.{k}" for i, b in enumerate(model.blocks()) for k in b.attention.dropped_keys()}
     for ours, theirs in keys.items():
         absent = [t for t in theirs if t not in available]
         if ours not in params:
@@ -167,7 +177,9 @@ def _require_tied(source: Source, keys: dict[str, tuple[str, ...]]) -> None:
 def _fill(param: Tensor, value: Tensor, what: str) -> None:
     """Copies ``value`` into a parameter; of a sharded one, into this rank's shard, without communication."""
     if tuple(param.shape) != tuple(value.shape):
-        raise UserError(f"{what} has shape {tuple(value.shape)} in the checkpoint and {tuple(param.shape)} in the model.")
+        raise UserError(
+            f"{what} has shape {tuple(value.shape)} in the checkpoint and {tuple(param.shape)} in the model."
+        )
     placements = getattr(param, "placements", None)
     if placements is None:
         param.copy_(value)
@@ -188,7 +200,7 @@ def load_tokenizer(source: str | Path) -> Any:
 
     found = tokenizer_source(source)
     try:
-        return AutoTokenizer.from_pretrained(found[0], **found[1])
+        return AutoTokenizer.from_pretrained(found[0], trust_remote_code=False, **found[1])
     except Exception as error:  # transformers raises many kinds for one fact: there is no tokenizer it can read
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no tokenizer can be read from {str(source)!r}: {reason}") from error

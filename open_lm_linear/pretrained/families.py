@@ -77,7 +77,9 @@ def config_from_hugging_face(values: Mapping[str, Any], *, source: str) -> Model
             raise UserError(f"{source}: the config field {field} = {values[field]!r} cannot be represented.")
     rope = values.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{source}: the config field rope_parameters.rope_type = {rope['rope_type']!r} cannot be represented.")
+        raise UserError(
+            f"{source}: the config field rope_parameters.rope_type = {rope['rope_type']!r} cannot be represented."
+        )
     try:
         hidden, heads = values["hidden_size"], values["num_attention_heads"]
         head_dim = values.get("head_dim") or hidden // heads
@@ -107,22 +109,30 @@ def config_from_gguf(fields: Mapping[str, Any], *, tied: bool, source: str) -> M
     if kind != "llama":
         raise UserError(f"{source}: the GGUF architecture {kind!r} is not supported; supported: llama.")
     get = {k[len("llama.") :]: v for k, v in fields.items() if k.startswith("llama.")}.get
+
+    def require(key: str) -> Any:
+        if get(key) is None:
+            raise UserError(f"{source}: the GGUF field llama.{key} is missing.")
+        return get(key)
+
     if get("rope.scaling.type") not in (None, "none"):
-        raise UserError(f"{source}: the GGUF field llama.rope.scaling.type = {get('rope.scaling.type')!r} cannot be represented.")
-    hidden, heads = get("embedding_length"), get("attention.head_count")
+        raise UserError(
+            f"{source}: the GGUF field llama.rope.scaling.type = {get('rope.scaling.type')!r} cannot be represented."
+        )
+    hidden, heads = require("embedding_length"), require("attention.head_count")
     head_dim = get("attention.key_length") or hidden // heads
     return ModelConfig(
         hidden_dim=hidden,
-        n_layers=get("block_count"),
+        n_layers=require("block_count"),
         n_heads=heads,
         n_heads_kv=get("attention.head_count_kv") or heads,
         qk_head_dim=head_dim,
         v_head_dim=get("attention.value_length") or head_dim,
-        intermediate_dim_ffn=get("feed_forward_length"),
+        intermediate_dim_ffn=require("feed_forward_length"),
         vocab_size=get("vocab_size") or len(fields["tokenizer.ggml.tokens"]),
-        seq_len=get("context_length"),
+        seq_len=require("context_length"),
         model_norm="rms_norm",
-        norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+        norm_eps=float(require("attention.layer_norm_rms_epsilon")),
         rotary_base_frequency=float(get("rope.freq_base") or 10000.0),
         weight_tying=tied,
     )

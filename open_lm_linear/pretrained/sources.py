@@ -40,7 +40,9 @@ class SafetensorsReader(Reader):
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again.") from error
+                raise UserError(
+                    f"{path} is not a whole safetensors file ({error}); copy or download it again."
+                ) from error
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 self.homes[name.removeprefix(prefix)] = (file, name)
 
@@ -114,7 +116,8 @@ def open_source(source: str | Path) -> Source:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _open_hub(name)
     raise UserError(
-        f"no pretrained model {name!r}: not a preset ({nearest(name, PRESETS)}), not an existing path, not a hub id (owner/name)."
+        f"no pretrained model {name!r}: not a preset ({nearest(name, PRESETS)}), not an existing path, "
+        "not a hub id (owner/name)."
     )
 
 
@@ -136,7 +139,9 @@ def _open_path(path: Path, name: str) -> Source:
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _open_gguf(ggufs[0], name)
-    raise UserError(f"{path} holds no checkpoint: no config.json, no model.json, no checkpoints/ and not exactly one .gguf.")
+    raise UserError(
+        f"{path} holds no checkpoint: no config.json, no model.json, no checkpoints/ and not exactly one .gguf."
+    )
 
 
 def _open_gguf(path: Path, name: str) -> Source:
@@ -171,7 +176,7 @@ def _open_hugging_face(path: Path, name: str) -> Source:
     found = Source(name, config, SafetensorsReader(files), keys, tokenizer)
     if values.get("sliding_window"):
         found.notes.append(
-            f"sliding window {values['sliding_window']}: as softmax the model is exact up to that many tokens; linear has none"
+            f"sliding window {values['sliding_window']}: softmax is exact up to that many tokens; linear has none"
         )
     return found
 
@@ -186,7 +191,9 @@ def _safetensors_files(path: Path) -> list[Path]:
     if missing:
         raise UserError(f"{index} names {missing[0].name}, which is not there; download the folder again.")
     if not files:
-        raise UserError(f"{path} holds no .safetensors file; weights in .bin are pickles, which are never executed here.")
+        raise UserError(
+            f"{path} holds no .safetensors file; weights in .bin are pickles, which are never executed here."
+        )
     return files
 
 
