@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,19 +60,16 @@ def save(
 ) -> Path:
     """Writes a checkpoint of a model, sharded or not; every rank takes part, rank 0 writes."""
     from safetensors.torch import save_file
-    from torch.distributed.checkpoint import state_dict as dcp
 
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-    weights: dict[str, Any] = dcp.get_model_state_dict(model, options=options)
-    moments: dict[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    weights = _gather(model.named_parameters(), ctx)
+    moments = _gather(_moments(model, optimizer), ctx)
     folder = run / "checkpoints" / f"step_{state.step:08d}"
     if ctx.is_main:
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in weights.items()}, partial / "model.safetensors", {"format": "pt"})
-        tensors = {k: v.contiguous() for k, v in moments.items() if k.startswith("state.")}
-        save_file(tensors, partial / "optimizer.safetensors")
+        save_file(weights, partial / "model.safetensors", {"format": "pt"})
+        save_file(moments, partial / "optimizer.safetensors")
         (partial / "model.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
         sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
         record = {**dataclasses.asdict(state), "config": config, "files": sizes}
@@ -89,27 +87,50 @@ def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> 
     Raises:
         UserError: a half-written checkpoint, or one of another architecture.
     """
+    import torch
     from safetensors.torch import load_file
-    from torch.distributed.checkpoint import state_dict as dcp
+
+    from open_lm_linear.parallel import put
 
     record = require_whole(folder)
     saved = json.loads((folder / "model.json").read_text())
     for key, value in model.config.to_json().items():
         if saved.get(key) != value:
             raise UserError(f"{folder}: the checkpoint has {key} = {saved.get(key)!r}, this run {value!r}.")
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-    weights: dict[str, Any] = load_file(folder / "model.safetensors")
-    dcp.set_model_state_dict(model, weights, options=options)
-    moments: dict[str, Any] = load_file(folder / "optimizer.safetensors")
-    groups: dict[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=options)
-    expected = {k for k in groups if k.startswith("state.")}
-    if expected != set(moments):
-        odd = sorted(expected ^ set(moments))[0]
+    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    for name, param in model.named_parameters():
+        put(param, weights[name])
+    for group in optimizer.param_groups:
+        for param in group["params"]:  # as the first step would make it
+            optimizer.state[param] = {"step": torch.zeros((), device=param.device)}
+            optimizer.state[param] |= {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
+    expected = dict(_moments(model, optimizer))
+    if odd := sorted(set(expected) ^ set(moments)):
         raise UserError(
-            f"{folder}: the optimiser's {odd!r} is only on one side; was it trained with other --train-params?"
+            f"{folder}: the optimiser's {odd[0]!r} is only on one side; was it trained with other --train-params?"
         )
-    dcp.set_optimizer_state_dict(model, optimizer, {**groups, **moments}, options=options)
+    for name, moment in expected.items():
+        put(moment, moments[name])
     return TrainState(**{f.name: record[f.name] for f in dataclasses.fields(TrainState)})
+
+
+def _moments(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """AdamW's state by the names of the parameters: ``NAME.exp_avg``, ``NAME.exp_avg_sq``, ``NAME.step``."""
+    for name, param in model.named_parameters():
+        for key, value in sorted(optimizer.state.get(param, {}).items()):
+            yield f"{name}.{key}", value
+
+
+def _gather(tensors: Iterable[tuple[str, torch.Tensor]], ctx: Context) -> dict[str, torch.Tensor]:
+    """Whole copies on rank 0's CPU, one tensor at a time; nothing on the other ranks, which take part."""
+    from open_lm_linear.parallel import whole
+
+    gathered = {}
+    for name, tensor in tensors:
+        full = whole(tensor)
+        if ctx.is_main:
+            gathered[name] = full.detach().cpu().contiguous()
+    return gathered
 
 
 def require_whole(folder: Path) -> dict[str, Any]:

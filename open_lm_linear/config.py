@@ -120,7 +120,8 @@ def from_cli(argv: Sequence[str] | None = None) -> Config:
         flags = {f.name for f in dataclasses.fields(options)} & _flags_in(argv)
         given |= {name: getattr(parsed.attention, name) for name in flags}  # type: ignore[attr-defined]
     sections = {name: getattr(parsed, name) for name in SECTIONS}
-    sections["model"] = dataclasses.replace(sections["model"], attn=given)
+    chosen = {f.name: getattr(parsed.model, f.name) for f in dataclasses.fields(ModelSection)}
+    sections["model"] = ModelSection(**{**chosen, "attn": given})
     cfg = Config(**sections)
     check(cfg)
     return cfg

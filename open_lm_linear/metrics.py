@@ -49,15 +49,20 @@ def human_bytes(count: float) -> str:
 
 
 class Logger:
-    """Writes to out.log, metrics.jsonl, results.jsonl, the terminal, TensorBoard and wandb; silent off rank 0."""
+    """Writes to out.log, metrics.jsonl, results.jsonl, the terminal, TensorBoard and wandb; silent off rank 0.
 
-    def __init__(self, run: Path, report_to: str, *, is_main: bool, resolved: dict[str, Any], project: str) -> None:
+    A dry run speaks to the terminal alone.
+    """
+
+    def __init__(
+        self, run: Path, report_to: str, *, is_main: bool, dry: bool, resolved: dict[str, Any], project: str
+    ) -> None:
         self.run, self.is_main = run, is_main
         self.bar: Any = None
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.log: IO[str] | None = None
-        if not is_main:
+        if not is_main or dry:
             return
         self.log = (run / "out.log").open("a")
         wanted = [r.strip() for r in report_to.split(",") if r.strip()]
@@ -68,14 +73,15 @@ class Logger:
 
     def say(self, text: str) -> None:
         """A line for people: terminal and out.log."""
-        if self.log is None:
+        if not self.is_main:
             return
         if self.bar is not None:
             self.bar.write(text)
         else:
             print(text, flush=True)
-        self.log.write(text + "\n")
-        self.log.flush()
+        if self.log is not None:
+            self.log.write(text + "\n")
+            self.log.flush()
 
     def start_bar(self, total: int, initial: int) -> None:
         """A progress bar, where the terminal is a person's."""

@@ -160,5 +160,24 @@ def clip_gradients(model: Transformer, limit: float | None) -> float:
     import torch
 
     params = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(params, float("inf") if limit is None else limit)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return float(whole(torch.nn.utils.clip_grad_norm_(params, float("inf") if limit is None else limit)))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; every rank takes part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copies ``value`` into ``target``; of a sharded one, into this rank's shard, without communication."""
+    import torch
+
+    placements = getattr(target, "placements", None)
+    with torch.no_grad():
+        if placements is None:
+            target.copy_(value)
+            return
+        from torch.distributed.tensor import distribute_tensor
+
+        value = value.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(value, target.device_mesh, placements, src_data_rank=None))  # type: ignore[attr-defined]

@@ -35,12 +35,17 @@ def train(cfg: Config) -> Path | None:
         with torch.device("meta"):
             model = Transformer(_architecture(cfg, source)).to(ctx.param_dtype)
         seq_len = cfg.data.seq_len or model.config.seq_len
-        plan = Plan.of(cfg, model, source, seq_len, ctx)
         stream.check(cfg.data, seq_len, model.config.vocab_size)
+        plan = Plan.of(cfg, model, source, seq_len, ctx)
         run = cfg.folder
         resume_from = _claim_run_folder(cfg, run, ctx)
         log = Logger(
-            run, cfg.run.report_to, is_main=ctx.is_main, resolved=cfg.flat(), project=cfg.run.wandb_project_name
+            run,
+            cfg.run.report_to,
+            is_main=ctx.is_main,
+            dry=cfg.run.dry_run,
+            resolved=cfg.flat(),
+            project=cfg.run.wandb_project_name,
         )
         log.say(plan.text())
 
@@ -201,22 +206,25 @@ def _architecture(cfg: Config, source: pretrained.Source | None) -> Any:
 
 
 def _claim_run_folder(cfg: Config, run: Path, ctx: Context) -> Path | None:
-    """Makes the run folder this run's own; returns the checkpoint to resume, if any."""
+    """Makes the run folder this run's own; returns the checkpoint to resume, if any. A dry run claims nothing."""
     resume = cfg.checkpoint.resume
-    if resume and resume != "latest":
-        return Path(resume)
     holds_run = (run / "config.yaml").exists()
     if holds_run and not resume and not cfg.run.dry_run:
         raise UserError(f"{run} already holds a run: choose another --name, or go on with --resume latest.")
+    resume_from = Path(resume) if resume and resume != "latest" else None
+    if resume == "latest" and checkpoint.checkpoints(run):
+        resume_from = checkpoint.latest(run)
+    if resume_from is not None:
+        checkpoint.require_whole(resume_from)
     ctx.barrier()  # every rank has looked before rank 0 writes
-    if ctx.is_main:
+    if ctx.is_main and not cfg.run.dry_run:
         run.mkdir(parents=True, exist_ok=True)
-        if not holds_run and not cfg.run.dry_run:
+        if not holds_run:
             write_run_config(cfg, run)
             if cfg.model.pretrained:
                 _keep_tokenizer(cfg.model.pretrained, run)
     ctx.barrier()
-    return checkpoint.latest(run) if resume and checkpoint.checkpoints(run) else None
+    return resume_from
 
 
 def _keep_tokenizer(source: str, run: Path) -> None:

@@ -15,6 +15,7 @@ from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig, ModelSection
 from open_lm_linear.cli import UserError
 from open_lm_linear.model import Transformer, read_config, swap
+from open_lm_linear.parallel import put
 from open_lm_linear.pretrained.presets import PRESETS, Preset
 from open_lm_linear.pretrained.sources import Source, open_source
 
@@ -173,21 +174,13 @@ def _require_tied(source: Source, keys: dict[str, tuple[str, ...]]) -> None:
         raise UserError(f"{source.name}: the config ties input and output embeddings, but the checkpoint's differ.")
 
 
-@torch.no_grad()
 def _fill(param: Tensor, value: Tensor, what: str) -> None:
-    """Copies ``value`` into a parameter; of a sharded one, into this rank's shard, without communication."""
+    """Copies ``value`` into a parameter of the same shape, sharded or not."""
     if tuple(param.shape) != tuple(value.shape):
         raise UserError(
             f"{what} has shape {tuple(value.shape)} in the checkpoint and {tuple(param.shape)} in the model."
         )
-    placements = getattr(param, "placements", None)
-    if placements is None:
-        param.copy_(value)
-        return
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(param.device, param.dtype)
-    param.copy_(distribute_tensor(value, param.device_mesh, placements, src_data_rank=None))  # type: ignore[attr-defined]
+    put(param, value)
 
 
 def load_tokenizer(source: str | Path) -> Any:
