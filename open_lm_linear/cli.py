@@ -19,7 +19,7 @@ class UserError(ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known names as a list for an error message, those most like ``name`` first."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=len(known), cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=max(1, len(known)), cutoff=0.6)
     return ", ".join(close + sorted(set(known) - set(close)))
 
 

@@ -183,7 +183,7 @@ class LinearAttention(Attention):
         q, k, v = self._features(x, positions)
         log_decay = None if self.slopes is None else _log_decay(self.slopes, x.device)
         if keep is not None:
-            k = k * keep[:, :, None, None].to(k.dtype)
+            k = k.masked_fill(~keep[:, :, None, None], 0.0)
             if log_decay is not None:
                 log_decay = log_decay * keep[:, :, None]
         out, S = linear_attention(q, k, v, log_decay, None if state is None else state.S, first)
