@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from open_lm_linear import generate as generation
 from open_lm_linear.cli import UserError, command, parse
+from open_lm_linear.parallel import resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -349,8 +350,7 @@ def loaders(run: Path, cfg: Config, device: torch.device) -> dict[str, Loader]:
     from open_lm_linear import pretrained
 
     def teacher(dtype: torch.dtype) -> Transformer:
-        assert cfg.model.pretrained is not None
-        return pretrained.load_pretrained(cfg.model.pretrained, attn_name="softmax", dtype=dtype, device=device)
+        return pretrained.load_pretrained(cfg.model.pretrained, dtype=dtype, device=device)
 
     def swapped(dtype: torch.dtype) -> Transformer:
         return pretrained.build_model(cfg.model, dtype=dtype, device=device, seed=cfg.run.seed)
@@ -374,7 +374,7 @@ def evaluate(args: Args) -> dict[str, Any]:
 
     run = Path(args.run)
     cfg = config.read_run_config(run)
-    device = generation.resolve_device(args.device)
+    device = resolve_device(args.device)
     load = loaders(run, cfg, device)
     result: dict[str, Any] = {"format_version": 1, "run": str(run), "machine": machine(device), "seconds": {}}
     begin = time.perf_counter()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from open_lm_linear.cli import UserError, command, parse
+from open_lm_linear.parallel import resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -358,21 +359,6 @@ def encode(tokenizer: Any, text: str, *, chat: bool = False) -> torch.Tensor:
     if not ids:
         raise UserError("--input-text has no tokens: give at least one character.")
     return torch.tensor([ids], dtype=torch.long)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a ``--device`` flag names; ``auto`` is the first GPU or else the CPU."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name!r} is not a device: give auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch finds no GPU here; --device cpu runs without one.")
-    return device
 
 
 def run(args: Args) -> None:

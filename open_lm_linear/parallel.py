@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class ParallelConfig:
     """Devices, precision and sharding."""
 
-    device: str = ""
-    """cpu, cuda or cuda:N. Empty: the GPU of this rank where there is one."""
+    device: str = "auto"
+    """auto (this rank's GPU where there is one), cpu, cuda or cuda:N."""
     precision: Literal["amp_bf16", "amp_bfloat16", "bf16", "fp32"] = "amp_bf16"
     """amp_bf16: float32 weights, bf16 compute. bf16: bf16 throughout. fp32: float32 throughout."""
     fsdp: bool = False
@@ -92,7 +92,7 @@ def setup(cfg: ParallelConfig) -> Iterator[Context]:
     import torch.distributed as dist
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = _device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
+    device = resolve_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -104,18 +104,24 @@ def setup(cfg: ParallelConfig) -> Iterator[Context]:
             dist.destroy_process_group()
 
 
-def _device(cfg: ParallelConfig, local_rank: int) -> torch.device:
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a ``--device`` flag names; ``auto`` is this rank's GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: no such device, or a GPU where torch finds none.
+    """
     import torch
 
-    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name!r} is not a device: give cpu, cuda or cuda:N.") from error
+        raise UserError(f"--device {name!r} is not a device: give auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name} asks for a GPU, and torch sees none on this machine.")
+        raise UserError(f"--device {name}: torch finds no GPU here; --device cpu runs without one.")
     return device
 
 

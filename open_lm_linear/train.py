@@ -31,6 +31,8 @@ def train(cfg: Config) -> Path | None:
         UserError: whatever is wrong with the model, the data or the run folder, before any training time is spent.
     """
     with parallel.setup(cfg.parallel) as ctx:
+        if cfg.data.dataset_type != "synthetic":
+            stream.count_sequences(cfg.data)  # missing data is said before gigabytes of weights are fetched
         source = pretrained.open_source(cfg.model.pretrained) if cfg.model.pretrained else None
         with torch.device("meta"):
             model = Transformer(_architecture(cfg, source)).to(ctx.param_dtype)
