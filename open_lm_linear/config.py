@@ -51,6 +51,9 @@ class RunConfig:
     """Sequences per optimiser step, over all ranks."""
     accum_freq: int = 1
     """Pieces in which a rank works through its share of a global batch; the update does not depend on it."""
+    fit_tokens: int = 0
+    """Before the first step, fit the swapped layers' output projections to the teacher's attention output, in closed
+    form, on this many tokens of training data. 0: not, as in the paper."""
     val_frequency: int = 1
     """Validate every this many epochs; the start and the end are always validated."""
     log_every_n_steps: int = 100
@@ -141,6 +144,8 @@ def check(cfg: Config) -> None:
     for name in ("epochs", "global_batch_size", "accum_freq", "log_every_n_steps", "val_frequency"):
         if getattr(cfg.run, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg.run, name)}.")
+    if cfg.run.fit_tokens < 0:
+        raise UserError(f"--fit-tokens must be 0 or more, not {cfg.run.fit_tokens}.")
     check_reports(cfg.run.report_to)
 
 

@@ -169,6 +169,18 @@ def clip_gradients(model: Transformer, limit: float | None) -> float:
     return float(whole(torch.nn.utils.clip_grad_norm_(params, float("inf") if limit is None else limit)))
 
 
+@contextlib.contextmanager
+def unsharded(module: Any) -> Iterator[None]:
+    """A module with its own parameters whole for as long as the block runs, so that its parts can be called alone."""
+    if hasattr(module, "unshard"):
+        module.unshard()
+    try:
+        yield
+    finally:
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every rank takes part."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -25,12 +25,28 @@ GOOD_MODEL = (
     "torchrun --nproc-per-node 8 -m open_lm_linear.main --attn-name linear --pretrained mistral "
     "--dataset-manifest DATA/manifest.jsonl --config configs/runs/mistral_7b_supra_100b.yaml"
 )
-LABELS = {"teacher": "teacher (softmax)", "swapped": "swapped, untrained", "uptrained": "uptrained (RNN)"}
+LABELS = {
+    "teacher": "teacher (softmax)",
+    "swapped": "swapped, untrained",
+    "fitted": "swapped and fitted, untrained",
+    "uptrained": "uptrained (RNN)",
+}
 COLOURS = {"teacher": "#4b5d78", "swapped": "#9a9a9a", "uptrained": "#d1602b"}
 # Settings that the report names; the run's config.yaml has all of them.
 SETTINGS = (
     *("pretrained", "attn_name", "feature_map", "feature_map_init", "feature_dim", "use_decay", "use_retnet_slopes"),
-    *("decay_start", "train_params", "optimizer", "lr", "lr_new", "lr_scheduler", "lr_cooldown_end", "warmup", "wd"),
+    *(
+        "decay_start",
+        "fit_tokens",
+        "train_params",
+        "optimizer",
+        "lr",
+        "lr_new",
+        "lr_scheduler",
+        "lr_cooldown_end",
+        "warmup",
+        "wd",
+    ),
     *("beta1", "beta2", "eps", "grad_clip_norm", "z_loss_coefficient", "train_data", "dataset_manifest"),
     *("global_batch_size", "accum_freq", "seq_len", "train_num_samples", "epochs", "precision", "seed"),
 )
@@ -116,8 +132,19 @@ def _training(metrics: list[dict[str, Any]], results: list[dict[str, Any]]) -> d
         "tokens": last.get("tokens"),
         "seconds": _seconds(metrics),
         "final_loss": curve[-1][1] if curve else None,
+        "fitted": next((_as_perplexity(row) for row in results if row.get("fitted")), None),
         "curve": curve,
         "held_out": held_out,
+    }
+
+
+def _as_perplexity(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A validation row of the trainer under the names that ``evaluate`` gives its own."""
+    return {
+        "perplexity": row["perplexity"],
+        "nats_per_token": row["loss"],
+        "nats_per_token_standard_error": row["standard_error"],
+        "tokens": row["counted"],
     }
 
 
@@ -155,6 +182,9 @@ def tables(facts: Mapping[str, Any]) -> list[Table]:
     evaluation, found = facts["evaluation"], []
     if "perplexity" in evaluation:
         part = evaluation["perplexity"]
+        models = dict(part["models"])
+        if fitted := facts["training"]["fitted"]:  # measured by the trainer, on the way
+            models = {"teacher": models.get("teacher"), "swapped": models.get("swapped"), "fitted": fitted} | models
         rows = tuple(
             (
                 LABELS.get(name, name),
@@ -163,7 +193,8 @@ def tables(facts: Mapping[str, Any]) -> list[Table]:
                 _number(row["nats_per_token_standard_error"], "{:.4f}"),
                 f"{row['tokens']:,}",
             )
-            for name, row in part["models"].items()
+            for name, row in models.items()
+            if row is not None
         )
         header = ("model", "perplexity", "nats per token", "standard error", "held-out tokens")
         found.append(Table(f"Held-out perplexity (per token, sequences of {part['seq_len']})", header, rows))
@@ -209,6 +240,12 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
             + (f" and {_duration(training['seconds'])}" if training["seconds"] else "")
             + f". The paper (arXiv 2405.06640) used {low} to {high} billion: this is {of_low} of the lower number and "
             f"{of_high} of the higher."
+        )
+    if training["fitted"]:
+        found.append(
+            f"Before the first step the output projections were fitted in closed form to the teacher's attention on "
+            f"{facts['settings']['fit_tokens']:,} tokens (--fit-tokens), which the paper does not do; all else is its "
+            "recipe."
         )
     part = facts["evaluation"].get("decoding")
     if part:

@@ -16,6 +16,7 @@ from open_lm_linear.checkpoint import TrainState
 from open_lm_linear.cli import UserError
 from open_lm_linear.config import Config, write_run_config
 from open_lm_linear.data import stream
+from open_lm_linear.fit import fit_output_projections
 from open_lm_linear.metrics import Logger, Window, human_bytes, human_time, log_line, memory_bytes, rewind
 from open_lm_linear.model import Transformer, read_config, swap
 from open_lm_linear.ops.losses import IGNORE
@@ -75,6 +76,9 @@ def train(cfg: Config) -> Path | None:
             return None
         if state.step == 0:
             _validate(model, cfg, ctx, log, state, micro, seq_len)
+            if source is not None and cfg.run.fit_tokens:
+                _fit(model, source, cfg, ctx, log, seq_len)
+                _validate(model, cfg, ctx, log, state, micro, seq_len, fitted=True)
 
         batches = stream.global_batches(
             cfg.data,
@@ -155,6 +159,8 @@ class Plan:
             raise UserError(f"an epoch of {samples} sequences is less than one global batch of {batch}.")
         steps = per_epoch * cfg.run.epochs
         cfg.optim.check(steps)
+        if cfg.run.fit_tokens and not (source is not None and pretrained.is_swap(model, source)):
+            raise UserError("--fit-tokens fits a swapped attention to its teacher: give --pretrained and --attn-name.")
         sizes = {n: p.numel() for n, p in model.named_parameters()}
         swapped = source is not None and pretrained.is_swap(model, source)
         new = tuple(sorted(model.new_keys())) if swapped else ()
@@ -255,6 +261,34 @@ def _rehearse(model: Transformer, cfg: Config, ctx: Context, micro: int, seq_len
     return seconds / (micro * seq_len * ctx.world_size)
 
 
+def _fit(model: Transformer, source: pretrained.Source, cfg: Config, ctx: Context, log: Logger, seq_len: int) -> None:
+    """Fits the output projections to the teacher's attention, on the first samples of the training data."""
+    with torch.device("meta"):
+        teacher = Transformer(source.config).to(ctx.param_dtype)
+    teacher = parallel.apply(teacher, cfg.parallel, ctx)
+    teacher.to_empty(device=ctx.device)
+    pretrained.load_weights(teacher, source)
+    batch = 4 * ctx.world_size
+    batches = stream.global_batches(
+        cfg.data,
+        seed=cfg.run.seed,
+        samples_seen=0,
+        global_batch_size=batch,
+        rank=ctx.rank,
+        world_size=ctx.world_size,
+        seq_len=seq_len,
+        vocab_size=model.config.vocab_size,
+    )
+    count = -(-cfg.run.fit_tokens // (batch * seq_len))
+    began = time.perf_counter()
+    explained = fit_output_projections(model, teacher, [next(batches)[:, :-1] for _ in range(count)], ctx)
+    log.say(
+        f"fitted {len(explained)} output projections on {count * batch * seq_len:,} tokens in "
+        f"{human_time(time.perf_counter() - began)}: the new attention explains {min(explained):.0%} to "
+        f"{max(explained):.0%} of the teacher's attention output, {sum(explained) / len(explained):.0%} on average"
+    )
+
+
 def _loss(model: Transformer, ctx: Context, batch: Tensor, z_loss: float = 0.0) -> Tensor:
     """(2,): summed cross entropy and total of (B, seq_len + 1) tokens."""
     with ctx.autocast():
@@ -315,7 +349,15 @@ def _save(
 
 
 def _validate(
-    model: Transformer, cfg: Config, ctx: Context, log: Logger, state: TrainState, micro: int, seq_len: int
+    model: Transformer,
+    cfg: Config,
+    ctx: Context,
+    log: Logger,
+    state: TrainState,
+    micro: int,
+    seq_len: int,
+    *,
+    fitted: bool = False,
 ) -> None:
     """Mean loss on each validation set, with the standard error over its sequences, to results.jsonl."""
     for source in cfg.data.val_data:
@@ -328,7 +370,8 @@ def _validate(
             seq_len=seq_len,
             vocab_size=model.config.vocab_size,
         )
-        row = {"step": state.step, "tokens": state.tokens, "val_data": source, **evaluate_loss(model, ctx, batches)}
+        row = {"step": state.step, "tokens": state.tokens, "val_data": source, "fitted": fitted}
+        row |= evaluate_loss(model, ctx, batches)
         log.row("results.jsonl", row)
         log.say(
             f"validation {source}: loss {row['loss']:.4f} +- {row['standard_error']:.4f}, "

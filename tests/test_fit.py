@@ -1,0 +1,129 @@
+"""The closed-form start: it is the least-squares solution, it helps, and it is the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative, tiny
+from safetensors.torch import load_file
+
+import open_lm_linear as oll
+from open_lm_linear.checkpoint import latest
+from open_lm_linear.cli import UserError
+from open_lm_linear.config import from_cli
+from open_lm_linear.fit import fit_output_projections
+from open_lm_linear.model import Transformer, create_model
+from open_lm_linear.parallel import ParallelConfig, setup
+from open_lm_linear.train import train
+
+
+def pair(**fields: object) -> tuple[Transformer, Transformer]:
+    """A random teacher and the same weights with linear attention."""
+    teacher = create_model(tiny("softmax", n_heads_kv=2, **fields)).eval()
+    student = create_model(tiny("linear", n_heads_kv=2, **fields)).eval()
+    state = student.state_dict() | teacher.state_dict()
+    student.load_state_dict(state)
+    return teacher, student
+
+
+def outputs(model: Transformer, layer: int, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.layers[layer].attention(x, torch.arange(x.shape[1])[None])[0]
+
+
+def test_no_other_projection_explains_more() -> None:
+    teacher, student = pair()
+    ids = torch.randint(61, (24, 32))
+    with setup(ParallelConfig(device="cpu", precision="fp32")) as ctx:
+        explained = fit_output_projections(student, teacher, list(ids.split(8)), ctx, ridge=1e-9)
+    x = teacher.layers[0].attention_norm(teacher.tok_embeddings(ids)).detach()
+    target = outputs(teacher, 0, x)
+
+    def error() -> float:
+        return (outputs(student, 0, x) - target).square().sum().item()
+
+    best = error()
+    assert explained[0] == pytest.approx(1 - best / target.square().sum().item(), abs=1e-3)
+    assert 0 < explained[0] < 1 and len(explained) == 2
+    weight = student.layers[0].attention.out_proj.weight
+    for _ in range(5):
+        step = 1e-2 * torch.randn_like(weight)
+        with torch.no_grad():
+            weight += step
+            assert error() > best
+            weight -= step
+
+
+def test_only_the_output_projections_change_and_softmax_fits_itself() -> None:
+    teacher, student = pair()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    with setup(ParallelConfig(device="cpu", precision="fp32")) as ctx:
+        fit_output_projections(student, teacher, [torch.randint(61, (16, 32))], ctx)
+        changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed == {f"layers.{i}.attention.out_proj.weight" for i in range(2)}
+        twin = create_model(teacher.config).eval()
+        twin.load_state_dict(teacher.state_dict())
+        explained = fit_output_projections(twin, teacher, [torch.randint(61, (16, 32))], ctx, ridge=1e-9)
+    assert min(explained) > 0.9999
+    for i in range(2):
+        ours, theirs = (m.layers[i].attention.out_proj.weight for m in (twin, teacher))
+        assert relative(ours, theirs) < 1e-2
+
+
+def words(tmp_path: Path, base: Path, name: str, *more: str) -> list[str]:
+    return [
+        *("--pretrained", str(base), "--attn-name", "linear", "--dataset-type", "synthetic", "--fit-tokens", "2000"),
+        *("--logs", str(tmp_path / "logs"), "--name", name, "--precision", "fp32", "--device", "cpu", "--workers", "0"),
+        *("--global-batch-size", "8", "--train-num-samples", str(16 * 8), "--warmup", "0", "--lr", "1e-12"),
+        *("--wd", "0", "--seq-len", "16", *more),
+    ]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A softmax run to swap."""
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(tiny("softmax", n_heads_kv=2, seq_len=16).to_json()))
+    argv = ["--model", str(model), "--dataset-type", "synthetic", "--train-num-samples", "128", "--warmup", "0"]
+    argv += ["--global-batch-size", "8", "--logs", str(tmp_path / "logs"), "--name", "base", "--device", "cpu"]
+    folder = train(from_cli([*argv, "--workers", "0", "--precision", "fp32"]))
+    assert folder is not None
+    return folder
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_ranks_fit_as_one_does(tmp_path: Path, base: Path, fsdp: bool) -> None:
+    # 2000 tokens make 32 batches of 4 x 16 in one process and 16 of 8 x 16 over two: the same 2048 tokens.
+    alone = train(from_cli(words(tmp_path, base, "alone")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "open_lm_linear.main", "--"]
+    more = ["--fsdp"] if fsdp else []
+    done = subprocess.run(
+        [*command, *words(tmp_path, base, "two", *more)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "fitted 2 output projections on 2,048 tokens" in done.stdout
+    assert alone is not None
+    one, two = (load_file(latest(f) / "model.safetensors") for f in (alone, tmp_path / "logs" / "two"))
+    plain = oll.load_pretrained(base, "linear").state_dict()
+    for key in (f"layers.{i}.attention.out_proj.weight" for i in range(2)):
+        assert relative(two[key], one[key]) < 1e-4
+        assert relative(one[key], plain[key]) > 0.1
+
+
+def test_there_must_be_a_teacher(tmp_path: Path, base: Path) -> None:
+    argv = words(tmp_path, base, "none")
+    argv[argv.index("--attn-name") + 1] = "softmax"
+    with pytest.raises(UserError, match="--fit-tokens fits a swapped attention to its teacher"):
+        train(from_cli(argv))
+    with pytest.raises(UserError, match="--fit-tokens must be 0 or more"):
+        from_cli(words(tmp_path, base, "none", "--fit-tokens", "-1"))
