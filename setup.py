@@ -1,3 +1,4 @@
+from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -21,10 +22,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    # configs/ lies beside the package in a checkout and inside it in a wheel.
-    packages=[*find_packages(include=["open_lm_linear", "open_lm_linear.*"]), "open_lm_linear.configs"],
-    package_dir={"open_lm_linear.configs": "configs"},
-    package_data={"open_lm_linear": ["py.typed"], "open_lm_linear.configs": ["models/*.json", "runs/*.yaml"]},
+    packages=find_packages(include=["open_lm_linear", "open_lm_linear.*"]),
+    package_data={"open_lm_linear": ["py.typed"]},
+    # configs/ lies beside the package in a checkout and under the environment's share/ when installed from a wheel.
+    data_files=[
+        (f"share/open_lm_linear/configs/{kind}", sorted(glob(f"configs/{kind}/*"))) for kind in ("models", "runs")
+    ],
     install_requires=[
         "torch>=2.6",
         "numpy",

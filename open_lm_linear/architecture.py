@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,6 +202,6 @@ class ModelSection:
 
 def shipped(kind: str, suffix: str) -> dict[str, Path]:
     """The files of configs/``kind`` that come with the package: name -> path."""
-    here = Path(__file__).parent
-    folders = (here / "configs" / kind, here.parent / "configs" / kind)  # in a wheel, in a checkout
+    installed = Path(sys.prefix) / "share" / "open_lm_linear" / "configs" / kind
+    folders = (installed, Path(__file__).parent.parent / "configs" / kind)  # from a wheel, in a checkout
     return {p.stem: p for folder in folders if folder.is_dir() for p in sorted(folder.glob(f"*{suffix}"))}
