@@ -14,10 +14,9 @@ import json
 import math
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +24,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from open_lm_linear import generate as generation
 from open_lm_linear.cli import UserError, command, parse
+from open_lm_linear.decoding import CONTEXTS, decoding
 from open_lm_linear.parallel import resolve_device
 
 if TYPE_CHECKING:
     import torch
 
     from open_lm_linear.config import Config
-    from open_lm_linear.model import Past, Transformer
+    from open_lm_linear.model import Transformer
 
 FILE = "evaluation.json"
-CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384)
 CPU_PREFILL_TOKENS = 4096  # a teacher's prefill is quadratic: 135M parameters at 16384 tokens take minutes on 2 cores
 SAMPLE_TOKENS = 40
 REPETITION_PENALTY = 1.2  # greedy text of small models runs in circles without it
@@ -83,10 +82,11 @@ def perplexity(
     begin = generation.now(device)
     with torch.no_grad(), context:
         for batch in batches:
-            for row in batch.to(device):  # row by row: the standard error needs each row's own sum
-                inputs, targets = row[None, :-1].clamp(min=0), row[None, 1:]
-                sums.append(float(model.loss(inputs, targets)[0]))
-                counts.append(int((targets != IGNORE).sum()))
+            if not len(batch):
+                continue
+            inputs, targets = batch[:, :-1].to(device).clamp(min=0), batch[:, 1:].to(device)
+            sums += model.loss(inputs, targets, per_sequence=True)[:, 0].tolist()
+            counts += (targets != IGNORE).sum(1).tolist()
     if not sum(counts):
         raise UserError("there are no held-out tokens to measure on: give --val-data a manifest that has some.")
     tokens = sum(counts)
@@ -98,152 +98,6 @@ def perplexity(
         error = math.sqrt(len(sums) / (len(sums) - 1) * squares) / tokens
     seconds = generation.now(device) - begin
     return Perplexity(tokens, len(sums), mean, error, math.exp(min(mean, 700.0)), seconds)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """One model decoding one sequence after ``context_tokens``."""
-
-    model: str
-    context_tokens: int
-    state_bytes: int
-    """What the model remembers of the sequence, counted from its tensors."""
-    milliseconds_per_token: float
-    """Median over the tokens timed."""
-    milliseconds_per_token_p10: float
-    milliseconds_per_token_p90: float
-    prefill_tokens_per_second: float | None
-    """From the beginning to this context; None where the cache was filled up in place of being computed."""
-    tokens_timed: int
-
-
-def decoding(
-    models: Mapping[str, Transformer],
-    contexts: Sequence[int] = CONTEXTS,
-    *,
-    ids: torch.Tensor | None = None,
-    tokens: int = 16,
-    warmup: int = 3,
-    prefill_up_to: int | None = None,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
-) -> list[Decoding]:
-    """Bytes of state and time per token of each model at each context, one sequence at a time, greedily.
-
-    The models take turns token by token, so that whatever else the machine does hits all of them. The prompt is read
-    once, in pieces from context to context; decoding goes on from a fork of each past, which it does not disturb.
-
-    Args:
-        ids: (N,) ids of text, repeated to the longest context; None draws random ones.
-        tokens: timed at each context, after ``warmup`` untimed ones.
-        prefill_up_to: from this context on a key-value cache is filled up with its own keys and values in place of
-            being computed in quadratic time: decoding does the same work on it. None computes all.
-        progress: called with a line as each context begins.
-
-    Raises:
-        UserError: a context that is not above 0.
-    """
-    import torch
-
-    contexts = sorted(set(contexts))
-    if not contexts or contexts[0] < 1 or tokens < 1:
-        raise UserError(f"--contexts {list(contexts)} and --timed-tokens {tokens} must be above 0.")
-    if prefill_up_to is not None and prefill_up_to < 1:
-        raise UserError(f"--prefill-up-to {prefill_up_to} is not above 0.")
-    vocab_size = min(m.config.vocab_size for m in models.values())
-    if ids is None:
-        ids = torch.randint(vocab_size, (contexts[-1],), generator=torch.Generator().manual_seed(seed))
-    generation.check_ids(ids, vocab_size)
-    ids = ids.repeat(-(-contexts[-1] // len(ids)))[None, : contexts[-1]]
-    readers = {name: _Reader(model, ids, prefill_up_to) for name, model in models.items()}
-    rows: list[Decoding] = []
-    for context in contexts:
-        if progress is not None:
-            progress(f"decoding at {context} tokens of context")
-        sizes = [reader.advance(context).nbytes() for reader in readers.values()]
-        times = _time_in_turns([reader.decode() for reader in readers.values()], warmup, tokens)
-        for (name, reader), size, seconds in zip(readers.items(), sizes, times, strict=True):
-            p10, median, p90 = (1e3 * t for t in _quantiles(seconds))
-            rows.append(Decoding(name, context, size, median, p10, p90, reader.prefill_rate(), len(seconds)))
-    return rows
-
-
-class _Reader:
-    """One model on its way through the ids (1, N): the past so far and the seconds that it took."""
-
-    def __init__(self, model: Transformer, ids: torch.Tensor, prefill_up_to: int | None) -> None:
-        self.model, self.device, self.limit = model, model.head_weight().device, prefill_up_to
-        self.ids = ids.to(self.device)
-        self.read, self.seconds, self.computed = 0, 0.0, True
-        self.past: Past | None = None
-
-    def advance(self, context: int) -> Past:
-        """Reads on to ``context`` tokens: the past there."""
-        computable = context if self.limit is None else min(context, self.limit)
-        past = self._compute(max(computable, self.read))
-        if self.read < context:
-            filled = _filled_up(past, context - self.read)
-            if filled is None:
-                return self._compute(context)
-            self.past, self.read, self.computed = filled, context, False
-        assert self.past is not None
-        return self.past
-
-    def _compute(self, context: int) -> Past:
-        if self.read < context:
-            begin = generation.now(self.device)
-            _, self.past = generation.prefill(self.model, self.ids[:, self.read : context], past=self.past)
-            self.seconds += generation.now(self.device) - begin
-            self.read = context
-        assert self.past is not None
-        return self.past
-
-    def prefill_rate(self) -> float | None:
-        return self.read / self.seconds if self.computed else None
-
-    def decode(self) -> Iterator[float]:
-        """Seconds of each further token, without end, from a fork of the past."""
-        past, token = self.past, self.ids[:, self.read - 1 : self.read]
-        while True:
-            begin = generation.now(self.device)
-            logits, past = generation.prefill(self.model, token, past=past)
-            token = logits.argmax(-1, keepdim=True)
-            yield generation.now(self.device) - begin
-
-
-def _filled_up(past: Past, more: int) -> Past | None:
-    """A key-value past with ``more`` tokens of its own repeated at its end; None where a state is another thing."""
-    from open_lm_linear.attention.softmax import KVState
-
-    layers = []
-    for state in past.layers:
-        if not isinstance(state, KVState):
-            return None
-        left = more
-        while left:
-            n = min(left, state.length)
-            state = state.extended(state.k[:, :n], state.v[:, :n], state.document[:, :n], state.current, state.plain)
-            left -= n
-        layers.append(state)
-    return dataclasses.replace(past, layers=tuple(layers), positions=past.positions + more)
-
-
-def _time_in_turns(steps: list[Iterator[float]], warmup: int, tokens: int) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in steps]
-    for i in range(warmup + tokens):
-        for step, kept in zip(steps, times, strict=True):
-            seconds = next(step)
-            if i >= warmup:
-                kept.append(seconds)
-    return times
-
-
-def _quantiles(values: list[float]) -> tuple[float, float, float]:
-    """The 10 %, 50 % and 90 % points."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return deciles[0], statistics.median(values), deciles[8]
 
 
 def samples(
@@ -418,6 +272,10 @@ def _perplexities(load: Mapping[str, Loader], cfg: Config, args: Args) -> dict[s
     autocast = torch.bfloat16 if args.precision == "amp_bf16" else None
     result: dict[str, Any] = {"precision": args.precision, "data": data.val_data, "models": {}}
     for name, loader in load.items():
+        known = None if args.val_data or args.max_val_tokens is not None else _of_the_trainer(name, cfg, args)
+        if known is not None:
+            result["models"][name] = dataclasses.asdict(known)
+            continue
         _progress(f"held-out perplexity of the {name} model")
         model = loader(torch.float32).eval()
         seq_len = result["seq_len"] = data.seq_len or model.config.seq_len
@@ -428,6 +286,26 @@ def _perplexities(load: Mapping[str, Loader], cfg: Config, args: Args) -> dict[s
         del model
         gc.collect()
     return result
+
+
+def _of_the_trainer(name: str, cfg: Config, args: Args) -> Perplexity | None:
+    """What the trainer measured itself, before the first and after the last step, on the same data and precision."""
+    path = Path(args.run) / "results.jsonl"
+    if (
+        name == "teacher"
+        or len(cfg.data.val_data) != 1
+        or args.precision != cfg.parallel.precision
+        or not path.exists()
+    ):
+        return None
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if (row["step"] == 0) == (name == "swapped") and not row["fitted"]]
+    if not rows:
+        return None
+    row = rows[-1]
+    return Perplexity(
+        row["counted"], row["sequences"], row["loss"], row["standard_error"], row["perplexity"], row["seconds"]
+    )
 
 
 def _decodings(pair: Mapping[str, Transformer], args: Args, device: torch.device) -> dict[str, Any]:

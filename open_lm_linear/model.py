@@ -200,12 +200,23 @@ class Transformer(nn.Module):
             states.append(state)
         return self.norm(x), Past(tuple(states), following)
 
-    def loss(self, input_ids: Tensor, targets: Tensor, z_loss: float = 0.0, first: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        z_loss: float = 0.0,
+        first: Tensor | None = None,
+        per_sequence: bool = False,
+    ) -> Tensor:
         """Sum of the cross entropy (nats) over targets (B, T) other than -100, plus z_loss * sum(logsumexp^2).
 
-        The logits of all tokens never stand in memory at once. Returns a pair (2,): cross entropy, total.
+        The logits of all tokens never stand in memory at once. Returns a pair (2,): cross entropy, total; or one
+        pair a sequence (B, 2).
         """
         hidden, _ = self.hidden(input_ids, first=first)
+        if per_sequence:
+            rows = zip(hidden, targets, strict=True)
+            return torch.stack([chunked_cross_entropy(h, self.head_weight(), t, z_loss) for h, t in rows])
         return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss)
 
     def blocks(self) -> Iterator[Block]:

@@ -70,14 +70,6 @@ class Context:
             dist.all_reduce(value)
         return value
 
-    def max(self, value: Tensor) -> Tensor:
-        """The largest ``value`` over all ranks."""
-        import torch.distributed as dist
-
-        if self.world_size > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value
-
     def barrier(self) -> None:
         import torch.distributed as dist
 

@@ -184,7 +184,8 @@ def tables(facts: Mapping[str, Any]) -> list[Table]:
         part = evaluation["perplexity"]
         models = dict(part["models"])
         if fitted := facts["training"]["fitted"]:  # measured by the trainer, on the way
-            models = {"teacher": models.get("teacher"), "swapped": models.get("swapped"), "fitted": fitted} | models
+            models["fitted"] = fitted
+            models = {name: models[name] for name in LABELS if name in models}
         rows = tuple(
             (
                 LABELS.get(name, name),
@@ -194,7 +195,6 @@ def tables(facts: Mapping[str, Any]) -> list[Table]:
                 f"{row['tokens']:,}",
             )
             for name, row in models.items()
-            if row is not None
         )
         header = ("model", "perplexity", "nats per token", "standard error", "held-out tokens")
         found.append(Table(f"Held-out perplexity (per token, sequences of {part['seq_len']})", header, rows))

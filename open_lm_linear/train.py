@@ -289,10 +289,10 @@ def _fit(model: Transformer, source: pretrained.Source, cfg: Config, ctx: Contex
     )
 
 
-def _loss(model: Transformer, ctx: Context, batch: Tensor, z_loss: float = 0.0) -> Tensor:
-    """(2,): summed cross entropy and total of (B, seq_len + 1) tokens."""
+def _loss(model: Transformer, ctx: Context, batch: Tensor, z_loss: float = 0.0, per_sequence: bool = False) -> Tensor:
+    """(2,): summed cross entropy and total of (B, seq_len + 1) tokens; or (B, 2)."""
     with ctx.autocast():
-        return model.loss(batch[:, :-1], batch[:, 1:], z_loss)
+        return model.loss(batch[:, :-1], batch[:, 1:], z_loss, per_sequence=per_sequence)
 
 
 def _accumulate(model: Transformer, cfg: Config, ctx: Context, batch: Tensor) -> tuple[float, int]:
@@ -382,18 +382,16 @@ def _validate(
 @torch.no_grad()
 def evaluate_loss(model: Transformer, ctx: Context, batches: Iterable[Tensor]) -> dict[str, Any]:
     """Loss per token (nats), its standard error over sequences, perplexity and the count of tokens, over all ranks."""
-    was_training = model.training
+    was_training, began = model.training, time.perf_counter()
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # loss, tokens, sequences, squared loss per sequence
     for batch in batches:
-        # A sequence at a time, for the standard error. Every rank makes as many calls, so that shards keep step.
-        most = int(ctx.max(torch.tensor(len(batch), device=ctx.device)))
-        for i in range(most):
-            row = batch[i : i + 1] if i < len(batch) else torch.zeros(1, batch.shape[1], dtype=torch.long)
-            loss = float(_loss(model, ctx, row.to(ctx.device))[0])
-            if i < len(batch):
-                length = batch.shape[1] - 1
-                sums += torch.tensor([loss, length, 1, (loss / length) ** 2], dtype=torch.float64)
+        # Every rank makes as many calls, so that shards keep step: one without rows computes on a blank one.
+        rows = batch if len(batch) else torch.zeros(1, batch.shape[1], dtype=torch.long)
+        losses = _loss(model, ctx, rows.to(ctx.device), per_sequence=True)[: len(batch), 0].double().cpu()
+        length = batch.shape[1] - 1
+        squares = (losses / length).square().sum().item()
+        sums += torch.tensor([losses.sum().item(), length * len(batch), len(batch), squares], dtype=torch.float64)
     model.train(was_training)
     total, tokens, sequences, squares = ctx.sum(sums.to(ctx.device)).tolist()
     mean = total / tokens
@@ -404,4 +402,5 @@ def evaluate_loss(model: Transformer, ctx: Context, batches: Iterable[Tensor]) -
         "perplexity": math.exp(min(mean, 700.0)),
         "counted": int(tokens),
         "sequences": int(sequences),
+        "seconds": time.perf_counter() - began,
     }

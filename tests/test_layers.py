@@ -21,7 +21,7 @@ LAYERS = [
     ["norms", "rotary", "ops"],
     ["attention"],
     ["model"],
-    ["pretrained", "data", "optim", "parallel", "checkpoint", "metrics", "generate", "fit"],
+    ["pretrained", "data", "optim", "parallel", "checkpoint", "metrics", "generate", "fit", "decoding"],
     ["config", "hf", "evaluate", "report"],
     ["train"],
     ["main"],

@@ -53,15 +53,17 @@ class _CrossEntropy(torch.autograd.Function):
                 h, target = hidden[span].to(dtype), targets[span]
                 counted = target != IGNORE
                 logits = (h @ w.T).to(wide)
-                log_z = logits.logsumexp(-1)
                 picked = logits.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+                # One exponential serves both the normaliser and the gradient, in place of the logits.
+                top = logits.amax(-1)
+                total = logits.sub_(top[:, None]).exp_().sum(-1)
+                log_z = top + total.log()
                 entropy += ((log_z - picked) * counted).sum()
                 square += (log_z.square() * counted).sum()
                 if not any(need):
                     continue
-                # d/dlogits = softmax * (1 + 2 z log_z) - one_hot(target), in place of the logits
-                grad = logits.sub_(log_z[:, None]).exp_()
-                grad *= (counted * (1 + 2 * z_loss * log_z))[:, None]
+                # d/dlogits = softmax * (1 + 2 z log_z) - one_hot(target)
+                grad = logits.mul_((counted * (1 + 2 * z_loss * log_z) / total)[:, None])
                 grad.scatter_add_(-1, target.clamp(min=0)[:, None], -counted.to(wide)[:, None])
                 grad = grad.to(dtype)
                 if dhidden is not None:

@@ -16,7 +16,7 @@ from open_lm_linear.architecture import ModelConfig, ModelSection
 from open_lm_linear.cli import UserError
 from open_lm_linear.model import Transformer, read_config, swap
 from open_lm_linear.parallel import put
-from open_lm_linear.pretrained.presets import PRESETS, Preset
+from open_lm_linear.pretrained.presets import PRESETS, Preset, cache_folder
 from open_lm_linear.pretrained.sources import Source, open_source
 
 Tensor = torch.Tensor
@@ -191,9 +191,17 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    found = tokenizer_source(source)
+    place, options = tokenizer_source(source)
+    # To read a tokenizer out of a GGUF takes transformers ten seconds; what came of it is kept beside a cached file.
+    kept = Path(place) / "tokenizer"
+    cached = bool(options) and cache_folder() in kept.parents
     try:
-        return AutoTokenizer.from_pretrained(found[0], trust_remote_code=False, **found[1])
+        if cached and (kept / "tokenizer_config.json").exists():
+            return AutoTokenizer.from_pretrained(str(kept))
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+        if cached:
+            tokenizer.save_pretrained(kept)
+        return tokenizer
     except Exception as error:  # transformers raises many kinds for one fact: there is no tokenizer it can read
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no tokenizer can be read from {str(source)!r}: {reason}") from error
