@@ -182,7 +182,7 @@ def tables(facts: Mapping[str, Any]) -> list[Table]:
     evaluation, found = facts["evaluation"], []
     if "perplexity" in evaluation:
         part = evaluation["perplexity"]
-        models = dict(part["models"])
+        models: dict[str, dict[str, Any]] = dict(part["models"])
         if fitted := facts["training"]["fitted"]:  # measured by the trainer, on the way
             models["fitted"] = fitted
             models = {name: models[name] for name in LABELS if name in models}
