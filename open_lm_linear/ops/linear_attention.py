@@ -168,6 +168,22 @@ def _scaled(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x * weight.to(x.dtype)
 
 
+def _add(x: Tensor, more: Tensor, weight: Tensor | None) -> None:
+    """x += weight * more, in place."""
+    if weight is None:
+        x.add_(more)
+    else:
+        x.addcmul_(more, weight.to(x.dtype))
+
+
+def _add_groups(x: Tensor, more: Tensor, weight: Tensor | None) -> None:
+    """x (B, Hkv, N, C, D) += the sum over a group of weight * more (B, Hkv, N, R, C, D), in place."""
+    if more.shape[3] == 1:
+        _add(x, more[:, :, :, 0], None if weight is None else weight[:, :, :, 0])
+    else:
+        x.add_(_scaled(more, weight).sum(3))
+
+
 def _masked(scores: Tensor, weight: Tensor | None) -> Tensor:
     """Scores (B, Hkv, N, R, C, C) with the future removed and the decay applied, in place."""
     return scores.tril_() if weight is None else scores.mul_(weight.to(scores.dtype))
@@ -184,41 +200,39 @@ class _Chunked(torch.autograd.Function):
             w = _decay_weights(log_decay, first, groups, chunk, q.device)
             Q, K, V = _split_heads(q, chunk, groups), _split(k, chunk), _split(v, chunk)
             scores = _scores(Q, K, w)
-            states = _scan(_outer(K, V, w.tail), w.carry, state)
-            out = _unrows(_rows(scores) @ V, groups) + _scaled(Q, w.head) @ states[:, :, :-1].to(Q.dtype)
-        ctx.save_for_backward(q, k, v, log_decay, first, states)
-        ctx.chunk = chunk
-        return _merge_heads(out), states[:, :, -1].flatten(1, 2).clone()
+            states, last = _scan(_outer(K, V, w.tail), w.carry, state)
+            out = _unrows(_rows(scores) @ V, groups)
+            _add(out, Q @ states.to(Q.dtype), w.head)
+        ctx.save_for_backward(Q, K, V, log_decay, first, states, last)
+        return _merge_heads(out), last.flatten(1, 2).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout, dlast):  # type: ignore[override]
-        q, k, v, log_decay, first, states = ctx.saved_tensors
-        chunk, groups = ctx.chunk, q.shape[2] // k.shape[2]
-        with torch.autocast(q.device.type, enabled=False):
-            w = _decay_weights(log_decay, first, groups, chunk, q.device)
-            Q, K, V = _split_heads(q, chunk, groups), _split(k, chunk), _split(v, chunk)
-            dO = _split_heads(dout.to(q.dtype), chunk, groups)
-            dstates = _scan_back(_scaled(Q, w.head).transpose(-1, -2) @ dO, w.carry, dlast)
-            dS = dstates[:, :, 1:].to(Q.dtype)  # of the state that leaves each chunk
-            S = states[:, :, :-1].to(Q.dtype)
+        Q, K, V, log_decay, first, states, last = ctx.saved_tensors
+        groups, chunk = Q.shape[3:5]
+        with torch.autocast(Q.device.type, enabled=False):
+            w = _decay_weights(log_decay, first, groups, chunk, Q.device)
+            dO = _split_heads(dout.to(Q.dtype), chunk, groups)
+            dstates, dfirst = _scan_back(_scaled(Q, w.head).transpose(-1, -2) @ dO, w.carry, dlast)
+            dS, S = dstates.to(Q.dtype), states.to(Q.dtype)
 
             dscores = _scores(dO, V, w)  # the decay is the same on the way back
             dQ = _unrows(_rows(dscores) @ K, groups)
-            dQ += _scaled(dO @ S.transpose(-1, -2), w.head)
+            _add(dQ, dO @ S.transpose(-1, -2), w.head)
             dK = _rows(dscores).transpose(-1, -2) @ _rows(Q)
             tail = None if w.tail is None else w.tail.transpose(-1, -2)
-            dK_tail = _scaled(V.unsqueeze(3) @ dS.transpose(-1, -2), tail)  # (B, Hkv, N, R, C, K)
-            scores = _scores(Q, K, w)
-            dV = _rows(scores).transpose(-1, -2) @ _rows(dO)
-            dV += _scaled(K.unsqueeze(3) @ dS, tail).sum(3)
+            dK_tail = V.unsqueeze(3) @ dS.transpose(-1, -2)  # (B, Hkv, N, R, C, K), still undecayed
+            dV = _rows(_scores(Q, K, w)).transpose(-1, -2) @ _rows(dO)
+            _add_groups(dV, K.unsqueeze(3) @ dS, tail)
             dlog = None
             if ctx.needs_input_grad[3]:
-                per_key = (dscores.mul_(_undecayed(Q, K))).sum(-2) + (dK_tail * K.unsqueeze(3)).sum(-1)
-                at_end = (dstates[:, :, -1] * states[:, :, -1]).sum((-1, -2))
+                per_key = (dscores.mul_(_undecayed(Q, K))).sum(-2)
+                per_key += (_scaled(dK_tail, tail) * K.unsqueeze(3)).sum(-1)
+                at_end = (dstates[:, :, -1] * last).sum((-1, -2))
                 dlog = _decay_gradient((dQ * Q).sum(-1) - per_key, at_end, first, log_decay)
-            dK += dK_tail.sum(3)
-        dstate = dstates[:, :, 0].flatten(1, 2) if ctx.needs_input_grad[4] else None
+            _add_groups(dK, dK_tail, tail)
+        dstate = dfirst.flatten(1, 2) if ctx.needs_input_grad[4] else None
         return _merge_heads(dQ), _merge(dK), _merge(dV), dlog, dstate, None, None
 
 
@@ -237,34 +251,39 @@ def _outer(K: Tensor, V: Tensor, tail: Tensor | None) -> Tensor:
     return (keys.flatten(3, 4) @ V).unflatten(3, keys.shape[3:5])
 
 
-def _scan(added: Tensor, carry: Tensor | None, state: Tensor) -> Tensor:
-    """States before each chunk and after the last: (B, Hkv, N + 1, R, K, V)."""
+def _scan(added: Tensor, carry: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before each chunk (B, Hkv, N, R, K, V) and the one after the last (B, Hkv, R, K, V)."""
     batch, kv_heads, chunks, _, dim_k, dim_v = added.shape
-    states = state.new_empty(batch, kv_heads, chunks + 1, state.shape[1] // kv_heads, dim_k, dim_v)
-    states[:, :, 0] = state.unflatten(1, (kv_heads, -1))
+    states = state.new_empty(batch, kv_heads, chunks, state.shape[1] // kv_heads, dim_k, dim_v)
+    last = torch.empty_like(states[:, :, 0])
+    slots = [*states.unbind(2), last]
+    slots[0].copy_(state.unflatten(1, (kv_heads, -1)))
     for n in range(chunks):
-        now, then = states[:, :, n], states[:, :, n + 1]
-        if carry is None:
-            torch.add(now, added[:, :, n], out=then)
-        else:
-            torch.addcmul(added[:, :, n].to(states.dtype), now, carry[:, :, n % carry.shape[2]], out=then)
-    return states
+        _carry(slots[n], added[:, :, n], carry, n, slots[n + 1])
+    return states, last
 
 
-def _scan_back(added: Tensor, carry: Tensor | None, last: Tensor | None) -> Tensor:
-    """The gradients of `_scan`'s states, from the last chunk to the first."""
-    batch, kv_heads, chunks, groups, dim_k, dim_v = added.shape
+def _scan_back(added: Tensor, carry: Tensor | None, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of the states after each chunk (B, Hkv, N, R, K, V) and before the first (B, Hkv, R, K, V)."""
     dtype = torch.promote_types(added.dtype, torch.float32)
-    states = torch.zeros(batch, kv_heads, chunks + 1, groups, dim_k, dim_v, dtype=dtype, device=added.device)
-    if last is not None:
-        states[:, :, -1] = last.unflatten(1, (kv_heads, groups))
-    for n in reversed(range(chunks)):
-        now, then = states[:, :, n + 1], states[:, :, n]
-        if carry is None:
-            torch.add(now, added[:, :, n], out=then)
-        else:
-            torch.addcmul(added[:, :, n].to(dtype), now, carry[:, :, n % carry.shape[2]], out=then)
-    return states
+    states = torch.empty(added.shape, dtype=dtype, device=added.device)
+    before = torch.empty_like(states[:, :, 0])
+    slots = [before, *states.unbind(2)]
+    if last is None:
+        slots[-1].zero_()
+    else:
+        slots[-1].copy_(last.unflatten(1, (added.shape[1], -1)))
+    for n in reversed(range(added.shape[2])):
+        _carry(slots[n + 1], added[:, :, n], carry, n, slots[n])
+    return states, before
+
+
+def _carry(now: Tensor, added: Tensor, carry: Tensor | None, n: int, out: Tensor) -> None:
+    """One chunk further: out = added + carry * now."""
+    if carry is None:
+        torch.add(now, added, out=out)
+    else:
+        torch.addcmul(added.to(out.dtype), now, carry[:, :, n % carry.shape[2]], out=out)
 
 
 def _decay_gradient(cumulative: Tensor, at_end: Tensor, first: Tensor | None, log_decay: Tensor) -> Tensor:
