@@ -11,8 +11,8 @@ log_decay None (no decay), (H,) (fixed per head) or (B, T, H); state (B, H, K, V
 the first token of a document. A padded position is k = 0 and log_decay = 0. Returns out (B, T, H, V) in q's dtype and
 the state after the last token, in float32 (float64 for float64 inputs).
 
-The chunked form and its gradients follow from unrolling the recurrence over one chunk; they need no memory beyond one
-state per chunk and one (chunk x chunk) matrix per head at a time.
+The chunked form and its gradients follow from unrolling the recurrence over one chunk. Beside q, k and v it keeps for
+the backward pass one state a chunk and the (chunk x chunk) scores, each of q's size when chunk = K = V.
 """
 
 from __future__ import annotations
@@ -203,13 +203,13 @@ class _Chunked(torch.autograd.Function):
             states, last = _scan(_outer(K, V, w.tail), w.carry, state)
             out = _unrows(_rows(scores) @ V, groups)
             _add(out, Q @ states.to(Q.dtype), w.head)
-        ctx.save_for_backward(Q, K, V, log_decay, first, states, last)
+        ctx.save_for_backward(Q, K, V, scores, log_decay, first, states, last)
         return _merge_heads(out), last.flatten(1, 2).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout, dlast):  # type: ignore[override]
-        Q, K, V, log_decay, first, states, last = ctx.saved_tensors
+        Q, K, V, scores, log_decay, first, states, last = ctx.saved_tensors
         groups, chunk = Q.shape[3:5]
         with torch.autocast(Q.device.type, enabled=False):
             w = _decay_weights(log_decay, first, groups, chunk, Q.device)
@@ -223,7 +223,7 @@ class _Chunked(torch.autograd.Function):
             dK = _rows(dscores).transpose(-1, -2) @ _rows(Q)
             tail = None if w.tail is None else w.tail.transpose(-1, -2)
             dK_tail = V.unsqueeze(3) @ dS.transpose(-1, -2)  # (B, Hkv, N, R, C, K), still undecayed
-            dV = _rows(_scores(Q, K, w)).transpose(-1, -2) @ _rows(dO)
+            dV = _rows(scores).transpose(-1, -2) @ _rows(dO)
             _add_groups(dV, K.unsqueeze(3) @ dS, tail)
             dlog = None
             if ctx.needs_input_grad[3]:
