@@ -11,7 +11,7 @@ EXTRAS = {
     "remote": ["s3fs", "gcsfs"],
     "report": ["matplotlib>=3.7"],
     # accelerate and webdataset: what the tests compare our GGUF reader and our shards with.
-    "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "tensorboard", "matplotlib>=3.7", "accelerate", "webdataset"],
+    "dev": ["pytest>=8", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7", "accelerate", "webdataset"],
 }
 
 setup(
