@@ -89,8 +89,10 @@ def setup(cfg: ParallelConfig) -> Iterator[Context]:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group(cfg.dist_backend or ("nccl" if device.type == "cuda" else "gloo"))
+    ctx = Context(rank, world, device, cfg.precision)
     try:
-        yield Context(rank, world, device, cfg.precision)
+        yield ctx
+        ctx.barrier()  # the ranks part together
     finally:
         if world > 1:
             dist.destroy_process_group()
