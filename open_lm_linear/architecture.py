@@ -20,9 +20,22 @@ NORMS = (
     "gain_only_lp_layer_norm",
     "no_wb_layer_norm",
     "rms_norm",
+    "gemma_rms_norm",
 )
-FEED_FORWARDS = ("swiglu", "swiglu_torch", "gelu", "gemma_geglu")
+FEED_FORWARDS = ("swiglu", "swiglu_torch", "gelu", "gemma_geglu", "geglu_tanh")
+NORM_PLACEMENTS = ("before", "after", "both")
 ROTARY_LAYOUTS = ("rotary", "llama_rotary", "head_rotary", "none")
+
+# Rotary scalings by transformers' names: the keys that each needs, and those that it may have.
+ROTARY_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "dynamic": (("factor", "original_max_position_embeddings"), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"), ()),
+}
 
 # Keys of OpenLM configs that ask for nothing as long as they hold these values.
 _INERT: dict[str, tuple[Any, ...]] = {
@@ -43,7 +56,8 @@ _INERT: dict[str, tuple[Any, ...]] = {
 class ModelConfig:
     """One architecture. Field names are the keys of OpenLM's model JSON; missing keys have its defaults.
 
-    ``attn_options`` holds every key that belongs to the chosen attention (its ``Config``), such as ``use_decay``.
+    The fields that OpenLM does not have change nothing unless given; they hold what other families of the Llama kind
+    do. Lists of layers count from 0. ``attn_options`` holds every key that belongs to the chosen attention (its ``Config``), such as ``use_decay``.
     """
 
     hidden_dim: int
@@ -67,22 +81,42 @@ class ModelConfig:
     rotary_base_frequency: float = 10000.0
     rotary_scale: float = 1.0
     rotary_rounding: Literal["none", "bfloat16"] = "none"  # bfloat16: the angles that the reference learned in bf16
+    rotary_scaling: Mapping[str, Any] | None = None  # {"rope_type": one of ROTARY_SCALINGS, and its keys}
+    partial_rotary_factor: float = 1.0  # share of each head, from its front, that is turned
+    no_rotary_layers: tuple[int, ...] = ()
+    rotary_local_base_frequency: float | None = None  # base, unscaled, in rotary_local_layers
+    rotary_local_layers: tuple[int, ...] = ()
+    sliding_window: int | None = None  # tokens that softmax sees, itself included, in sliding_window_layers
+    sliding_window_layers: tuple[int, ...] | None = None  # None: all
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm_per_head: bool = False  # qk_norm with one gain for every head, in place of over all heads together
+    norm_placement: str = "before"  # of attention and feed-forward: before, after (on what they add), or both
+    query_pre_attn_scalar: float | None = None  # softmax logits are divided by its root; None: qk_head_dim
+    attn_logit_softcap: float | None = None  # softmax logits x become cap * tanh(x / cap)
+    logit_softcap: float | None = None  # the output's too
+    embedding_scale: float | None = None  # token embeddings are multiplied by it
     attn_name: str = "auto"
     attn_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("hidden_dim", "n_layers", "n_heads", "vocab_size", "seq_len"):
             _require_positive_int(name, getattr(self, name))
-        for name in ("n_heads_kv", "qk_head_dim", "v_head_dim", "intermediate_dim_ffn"):
+        for name in ("n_heads_kv", "qk_head_dim", "v_head_dim", "intermediate_dim_ffn", "sliding_window"):
             if getattr(self, name) is not None:
                 _require_positive_int(name, getattr(self, name))
-        for name in ("norm_eps", "rotary_base_frequency", "rotary_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise UserError(f"{name} must be a number above 0, not {value!r}.")
-        for name in ("qk_norm", "post_embed_norm", "weight_tying"):
+        for name in ("norm_eps", "rotary_base_frequency", "rotary_scale", "partial_rotary_factor"):
+            _require_positive_number(name, getattr(self, name))
+        for name in _OPTIONAL_NUMBERS:
+            if getattr(self, name) is not None:
+                _require_positive_number(name, getattr(self, name))
+        for name in ("qk_norm", "qk_norm_per_head", "post_embed_norm", "weight_tying", *_BIASES):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+        for name in ("no_rotary_layers", "rotary_local_layers", "sliding_window_layers"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, self._layers(name))  # JSON has lists
         if not isinstance(self.attn_name, str):
             raise UserError(f"attn_name must be the name of an attention, not {self.attn_name!r}.")
         for name, known in (
@@ -90,18 +124,63 @@ class ModelConfig:
             ("ffn_type", FEED_FORWARDS),
             ("positional_embedding_type", ROTARY_LAYOUTS),
             ("rotary_rounding", ("none", "bfloat16")),
+            ("norm_placement", NORM_PLACEMENTS),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name} {value!r} is not one of {', '.join(known)}.{did_you_mean(str(value), known)}")
+        self._check_shapes()
+        self._check_rotary()
+
+    def _check_shapes(self) -> None:
         if self.n_heads % self.kv_heads:
             raise UserError(f"n_heads {self.n_heads} is not a multiple of n_heads_kv {self.kv_heads}.")
         if (self.qk_head_dim is None or self.v_head_dim is None) and self.hidden_dim % self.n_heads:
             raise UserError(
                 f"hidden_dim {self.hidden_dim} is no multiple of n_heads {self.n_heads}: give both head dims."
             )
+        if self.qk_norm_per_head and not self.qk_norm:
+            raise UserError("qk_norm_per_head says how qk_norm is done: give qk_norm too.")
+        if self.ffn_bias and self.ffn_type in ("gelu", "gemma_geglu"):
+            raise UserError(f"ffn_bias does not belong to ffn_type {self.ffn_type}.")
+
+    def _check_rotary(self) -> None:
         if self.positional_embedding_type != "none" and self.qk_dim % 2:
             raise UserError(f"rotary embeddings need an even qk_head_dim, not {self.qk_dim}.")
+        if self.partial_rotary_factor > 1 or int(self.qk_dim * self.partial_rotary_factor) % 2:
+            raise UserError(
+                f"partial_rotary_factor {self.partial_rotary_factor} of a head of {self.qk_dim} is not an even number "
+                "of dimensions, at most all."
+            )
+        if self.rotary_local_layers and self.rotary_local_base_frequency is None:
+            raise UserError("rotary_local_layers need a rotary_local_base_frequency.")
+        if self.rotary_scaling is None:
+            return
+        kind = self.rotary_scaling.get("rope_type") if isinstance(self.rotary_scaling, Mapping) else None
+        if kind not in ROTARY_SCALINGS:
+            known = ", ".join(ROTARY_SCALINGS)
+            raise UserError(f"rotary_scaling must be an object with a rope_type of {known}, not {self.rotary_scaling!r}.")
+        needed, optional = ROTARY_SCALINGS[kind]
+        for key in needed:
+            if self.rotary_scaling.get(key) is None:
+                raise UserError(f"rotary_scaling {kind} needs the key {key!r}.")
+        for key in self.rotary_scaling:
+            if key not in ("rope_type", *needed, *optional):
+                raise UserError(f"rotary_scaling {kind} has no key {key!r}.{did_you_mean(key, (*needed, *optional))}")
+        if self.positional_embedding_type not in ("rotary", "llama_rotary"):
+            raise UserError(f"rotary_scaling does not belong to {self.positional_embedding_type}.")
+
+    def _layers(self, name: str) -> tuple[int, ...]:
+        layers = getattr(self, name)
+        whole = isinstance(layers, (list, tuple)) and all(type(i) is int and 0 <= i < self.n_layers for i in layers)
+        if not whole:
+            raise UserError(f"{name} must be a list of layers from 0 to {self.n_layers - 1}, not {layers!r}.")
+        return tuple(sorted(set(layers)))
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that softmax attention sees in this layer, itself included; None: all."""
+        windowed = self.sliding_window_layers is None or layer in self.sliding_window_layers
+        return self.sliding_window if windowed else None
 
     @property
     def kv_heads(self) -> int:
@@ -127,7 +206,8 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The flat JSON form; ``ModelConfig.from_json(config.to_json()) == config``."""
         flat = dataclasses.asdict(self)
-        return flat | dict(flat.pop("attn_options"))
+        flat |= dict(flat.pop("attn_options"))
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, source: str = "model config") -> ModelConfig:
@@ -153,9 +233,48 @@ class ModelConfig:
         return cls.from_json(values, source=str(path))
 
 
+_BIASES = ("qkv_bias", "attn_out_bias", "ffn_bias")
+_OPTIONAL_NUMBERS = (
+    "rotary_local_base_frequency",
+    "query_pre_attn_scalar",
+    "attn_logit_softcap",
+    "logit_softcap",
+    "embedding_scale",
+)
+
+
+def _require_positive_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{name} must be a number above 0, not {value!r}.")
+
+
 def _require_positive_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} must be a whole number above 0, not {value!r}.")
+
+
+def parse_rotary_scaling(text: str, seq_len: int) -> dict[str, Any]:
+    """``yarn:4`` as changes to a config: the scaling, beyond a trained context of ``seq_len``, with its usual values.
+
+    Raises:
+        UserError: another kind than linear, dynamic, yarn or llama3, or a factor below 1.
+    """
+    kind, _, factor_text = text.partition(":")
+    try:
+        factor = float(factor_text)
+    except ValueError:
+        factor = 0.0
+    if kind not in ("linear", "dynamic", "yarn", "llama3") or not 1 <= factor < math.inf:
+        raise UserError(
+            f"--rotary-scaling {text!r} is not KIND:FACTOR: give linear, dynamic, yarn or llama3 and a factor of "
+            "1 or more, such as yarn:4."
+        )
+    if kind == "linear":
+        return {"rotary_scale": factor, "rotary_scaling": None}
+    scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": seq_len}
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rotary_scaling": scaling}
 
 
 @dataclass(frozen=True)
@@ -163,9 +282,10 @@ class ModelSection:
     """Which model is trained, and what is changed in it. What is not given stays as the model's file has it."""
 
     model: str = ""
-    """Architecture to train from scratch: a name under configs/models or a .json path."""
+    """Architecture to train from scratch, or of a --pretrained file that does not say its own (an OpenLM .pt): a name
+    under configs/models or a .json path."""
     pretrained: str = ""
-    """Pretrained weights: smollm2, mistral, llama2, llama3, a folder, a GGUF file, a hub id, a run of ours."""
+    """Pretrained weights: smollm2, mistral, llama2, llama3, a folder, file, URL or hub id (owner/name@revision)."""
     attn_name: str = ""
     """Attention to swap in: linear, softmax, or package.module:Class. Its options become flags."""
     model_norm: str = ""
@@ -180,6 +300,8 @@ class ModelSection:
     """Base of the rotary frequencies."""
     rotary_scale: float | None = None
     """Positions are divided by this."""
+    rotary_scaling: str = ""
+    """KIND:FACTOR, context beyond the trained one: linear:2, dynamic:2, yarn:4 or llama3:8."""
     rotary_rounding: str = ""
     """bfloat16 reproduces the angles of checkpoints that the reference trained in bf16."""
     n_heads_kv: int | None = None

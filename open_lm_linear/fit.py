@@ -55,7 +55,7 @@ def fit_output_projections(
 def _embed(model: Transformer, ids: Tensor, ctx: Context) -> Tensor:
     """The residual stream (B, T, hidden_dim) before the first block."""
     with unsharded(model), ctx.autocast():
-        x = model.tok_embeddings(ids)
+        x = model.embed(ids)
         return x if model.post_embed_norm is None else model.post_embed_norm(x)
 
 
@@ -71,11 +71,12 @@ def _moments(
     for h in streams:
         with ctx.autocast():
             positions = torch.arange(h.shape[1], device=h.device)[None]
-            x = before.attention_norm(h)
+            x = before.before_attention(h)
             target, _ = before.attention(x, positions)
             features = _before_projection(after.attention, x, positions)
-            h = h + target
-            further.append(h + before.feed_forward(before.ffn_norm(h)))
+            further.append(before.after_attention(h, target))
+            if after.attention.out_proj.bias is not None:  # it stays, so W has the rest to explain
+                target = target - after.attention.out_proj.bias
         s, a = features.flatten(0, 1).float(), target.flatten(0, 1).float()
         gram += (s.T @ s).double()
         cross += (s.T @ a).double()

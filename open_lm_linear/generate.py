@@ -203,7 +203,6 @@ def prefill(
     Only the last position's logits are computed. ``past`` is what an earlier call returned; it stays valid.
     """
     import torch
-    import torch.nn.functional as F
 
     with torch.no_grad():
         for begin in range(0, input_ids.shape[1], chunk):
@@ -211,9 +210,7 @@ def prefill(
             mask = None if attention_mask is None else attention_mask[:, span]
             hidden, past = model.hidden(input_ids[:, span], past=past, attention_mask=mask)
         assert past is not None
-        last = hidden[:, -1]
-        logits = F.linear(last, model.head_weight().to(last.dtype))
-    return logits if logits.dtype == torch.float64 else logits.float(), past
+        return model.logits(hidden[:, -1]), past
 
 
 def next_token(

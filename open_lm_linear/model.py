@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from open_lm_linear import attention
-from open_lm_linear.architecture import ModelConfig, shipped
+from open_lm_linear.architecture import ModelConfig, parse_rotary_scaling, shipped
 from open_lm_linear.attention.base import Attention, State, truncated_normal
 from open_lm_linear.cli import UserError, nearest
-from open_lm_linear.norms import build_norm
+from open_lm_linear.norms import Norm, build_norm
 from open_lm_linear.ops.losses import chunked_cross_entropy
 
 Tensor = torch.Tensor
@@ -40,14 +40,24 @@ class FeedForward(nn.Module):
 class SwiGLU(FeedForward):
     """w3(silu(gate) * up) with gate | up in one projection (OpenLM's ``w12``)."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.w3 = nn.Linear(hidden, dim, bias=False)
+        self.w12 = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.w3 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(gate) * up)
+        return self.w3(self.activate(gate) * up)
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
+
+
+class TanhGeGLU(SwiGLU):
+    """The same with the tanh form of gelu (``geglu_tanh``), as Gemma's."""
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")
 
 
 class GemmaGeGLU(FeedForward):
@@ -72,30 +82,51 @@ class GELU(nn.Sequential, FeedForward):
 
 def build_feed_forward(config: ModelConfig, layer: int) -> FeedForward:
     """The feed-forward part that OpenLM calls ``ffn_type``."""
-    kinds = {"gelu": GELU, "gemma_geglu": GemmaGeGLU}
-    part = kinds.get(config.ffn_type, SwiGLU)(config.hidden_dim, config.ffn_dim)
+    dims = config.hidden_dim, config.ffn_dim
+    part: FeedForward
+    if config.ffn_type in ("gelu", "gemma_geglu"):
+        part = (GELU if config.ffn_type == "gelu" else GemmaGeGLU)(*dims)
+    else:
+        part = (TanhGeGLU if config.ffn_type == "geglu_tanh" else SwiGLU)(*dims, bias=config.ffn_bias)
     part.layer = layer
     return part
 
 
 class Block(nn.Module):
-    """h = x + attention(norm(x)); h + feed_forward(norm(h))."""
+    """h = x + attention(norm(x)); h + feed_forward(norm(h)), norms before, after, or on both sides."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention: Attention = attention.resolve(config.attn_name)(config, config.attn_options, layer)
         self.feed_forward = build_feed_forward(config, layer)
-        self.attention_norm = build_norm(config.model_norm, config.hidden_dim, config.norm_eps)
-        self.ffn_norm = build_norm(config.model_norm, config.hidden_dim, config.norm_eps)
+
+        def norm(*placements: str) -> Norm | None:
+            wanted = config.norm_placement in placements
+            return build_norm(config.model_norm, config.hidden_dim, config.norm_eps) if wanted else None
+
+        self.attention_norm, self.ffn_norm = norm("before", "both"), norm("before", "both")
+        self.attention_post_norm, self.ffn_post_norm = norm("after", "both"), norm("after", "both")
 
     def init_weights(self) -> None:
-        for part in (self.attention, self.feed_forward, self.attention_norm, self.ffn_norm):
+        for part in self.children():
             part.init_weights()  # type: ignore[operator]
 
     def forward(self, x: Tensor, positions: Tensor, keep: Any, first: Any, state: Any) -> tuple[Tensor, State]:
-        mixed, state = self.attention(self.attention_norm(x), positions, keep=keep, first=first, state=state)
-        h = x + mixed
-        return h + self.feed_forward(self.ffn_norm(h)), state
+        mixed, state = self.attention(self.before_attention(x), positions, keep=keep, first=first, state=state)
+        return self.after_attention(x, mixed), state
+
+    def before_attention(self, x: Tensor) -> Tensor:
+        """What the attention gets of the residual stream (B, T, hidden_dim)."""
+        return _normed(self.attention_norm, x)
+
+    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream behind the block, from that before it and the attention's output."""
+        h = x + _normed(self.attention_post_norm, mixed)
+        return h + _normed(self.ffn_post_norm, self.feed_forward(_normed(self.ffn_norm, h)))
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 @dataclass(frozen=True)
@@ -159,7 +190,7 @@ class Transformer(nn.Module):
         """OpenLM's forward.
 
         Args:
-            input_ids: (B, T) token ids; or ``inputs_embeds`` (B, T, hidden_dim).
+            input_ids: (B, T) token ids; or ``inputs_embeds`` (B, T, hidden_dim), which are taken as they are.
             past_key_values: the third value of an earlier call, whose tokens come before these.
             use_cache: whether to return the past for a later call.
             attention_mask: (B, T) or, as Hugging Face grows it, (B, past + T); 0 at padding, left or right.
@@ -169,8 +200,23 @@ class Transformer(nn.Module):
             logits (B, T, vocab_size) in float32, hidden (B, T, hidden_dim) after the final norm, and the past.
         """
         hidden, past = self.hidden(input_ids, inputs_embeds, past_key_values, attention_mask, first)
-        logits = F.linear(hidden, self.head_weight().to(hidden.dtype))
-        return logits.float() if logits.dtype != torch.float64 else logits, hidden, past if use_cache else None
+        return self.logits(hidden), hidden, past if use_cache else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab_size) in float32 (or float64) from hidden (..., hidden_dim) after the final norm."""
+        if self.output is not None:
+            logits = self.output(hidden)
+        else:
+            logits = F.linear(hidden, self.head_weight().to(hidden.device, hidden.dtype))
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings (B, T, hidden_dim), scaled where the architecture says so."""
+        x = self.tok_embeddings(input_ids)
+        scale = self.config.embedding_scale
+        return x if scale is None else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
 
     def hidden(
         self,
@@ -183,7 +229,7 @@ class Transformer(nn.Module):
         """The hidden states (B, T, hidden_dim) after the final norm, without logits, and the past."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed(input_ids) if input_ids is not None else inputs_embeds
         keep = _keep(attention_mask, x.shape[1])
         positions, following = _positions(x, past, keep, first)
         if self.post_embed_norm is not None:
@@ -214,10 +260,11 @@ class Transformer(nn.Module):
         pair a sequence (B, 2).
         """
         hidden, _ = self.hidden(input_ids, first=first)
+        weight, cap = self.head_weight(), self.config.logit_softcap
         if per_sequence:
             rows = zip(hidden, targets, strict=True)
-            return torch.stack([chunked_cross_entropy(h, self.head_weight(), t, z_loss) for h, t in rows])
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss)
+            return torch.stack([chunked_cross_entropy(h, weight, t, z_loss, softcap=cap) for h, t in rows])
+        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), z_loss, softcap=cap)
 
     def blocks(self) -> Iterator[Block]:
         """The blocks, typed."""
@@ -309,6 +356,8 @@ def read_config(source: str | Path, attn_name: str | None = None, **changes: Any
 
 def swap(config: ModelConfig, attn_name: str | None, **changes: Any) -> ModelConfig:
     """``config`` with another attention, whose options are kept where they belong to it, and with ``changes``."""
+    if isinstance(changes.get("rotary_scaling"), str):
+        changes = changes | parse_rotary_scaling(changes["rotary_scaling"], config.seq_len)
     own = {f.name for f in dataclasses.fields(ModelConfig)}
     options = {**config.attn_options, **{k: v for k, v in changes.items() if k not in own}}
     name = attention.canonical(attn_name or config.attn_name)

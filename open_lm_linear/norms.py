@@ -12,11 +12,12 @@ class Norm(nn.Module):
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    offset = 0.0  # the gain is offset + weight
 
     def init_weights(self) -> None:
         """Gain 1, bias 0."""
         if self.weight is not None:
-            nn.init.ones_(self.weight)
+            nn.init.constant_(self.weight, 1.0 - self.offset)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -47,26 +48,27 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(Norm):
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, in float32."""
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension, in float32; Gemma's offset is 1."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.shape, self.eps = (dim,), eps
+        self.shape, self.eps, self.offset = (dim,), eps, offset
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = None
         self.init_weights()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.weight is not None
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.shape, None if self.weight is None else self.weight.to(wide), self.eps).to(
-            x.dtype
-        )
+        gain = self.weight.to(wide)
+        gain = gain + self.offset if self.offset else gain
+        return F.rms_norm(x.to(wide), self.shape, gain, self.eps).to(x.dtype)
 
 
 def build_norm(name: str, dim: int, eps: float) -> Norm:
-    """The norm that OpenLM calls ``name`` over ``dim`` features."""
-    if name == "rms_norm":
-        return RMSNorm(dim, eps)
+    """The norm that OpenLM calls ``name`` over ``dim`` features; ``gemma_rms_norm`` is ours."""
+    if name in ("rms_norm", "gemma_rms_norm"):
+        return RMSNorm(dim, eps, offset=float(name == "gemma_rms_norm"))
     return LayerNorm(
         dim,
         eps,

@@ -104,10 +104,10 @@ def test_float64(name):
 def test_float64_angles_and_slopes(name, monkeypatch):
     """With these in float64 too, models without RMSNorm and without positions to turn by agree to 1e-13."""
 
-    def frequencies(head_dim, base, scale, rounding, device):
+    def frequencies(head_dim, base, scale, rounding, scaling, device):
         return 1.0 / (scale * base ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
 
-    monkeypatch.setattr(rotary, "_frequencies", frequencies)
+    monkeypatch.setattr(rotary, "_fixed", frequencies)
     monkeypatch.setattr(linear, "_log_decay", lambda slopes, device: -torch.tensor(slopes, dtype=torch.float64))
     model, io = load(name, torch.float64)
     with torch.no_grad():

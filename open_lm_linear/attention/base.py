@@ -54,8 +54,12 @@ class Attention(nn.Module, ABC):
         self.arch, self.layer = arch, layer
         self.config = self.read_options(options)
         q, kv = arch.n_heads * arch.qk_dim, arch.kv_heads * (arch.qk_dim + arch.v_dim)
-        self.in_proj = nn.Linear(arch.hidden_dim, q + kv, bias=False)
-        self.out_proj = nn.Linear(arch.n_heads * arch.v_dim, arch.hidden_dim, bias=False)
+        self.in_proj = nn.Linear(arch.hidden_dim, q + kv, bias=arch.qkv_bias)
+        self.out_proj = nn.Linear(arch.n_heads * arch.v_dim, arch.hidden_dim, bias=arch.attn_out_bias)
+        if arch.qk_norm and self.norms_projection():
+            q_heads, k_heads = (1, 1) if arch.qk_norm_per_head else (arch.n_heads, arch.kv_heads)
+            self.q_norm = build_norm(arch.model_norm, q_heads * arch.qk_dim, arch.norm_eps)
+            self.k_norm = build_norm(arch.model_norm, k_heads * arch.qk_dim, arch.norm_eps)
 
     @abstractmethod
     def forward(
@@ -85,6 +89,10 @@ class Attention(nn.Module, ABC):
     def state_bytes(self, batch: int, seq_len: int) -> int:
         """Bytes of state after ``seq_len`` tokens of ``batch`` sequences, with a bfloat16 model."""
 
+    def norms_projection(self) -> bool:
+        """Whether ``qk_norm`` applies to queries and keys as they are projected, which is where softmax has it."""
+        return True
+
     def new_keys(self) -> set[str]:
         """Parameters (names within the layer) that a softmax checkpoint does not have."""
         return set()
@@ -98,6 +106,12 @@ class Attention(nn.Module, ABC):
         std = 1.0 / math.sqrt(self.arch.hidden_dim)
         truncated_normal(self.in_proj.weight, std)
         truncated_normal(self.out_proj.weight, std / math.sqrt(2 * (self.layer + 1)))
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for name in ("q_norm", "k_norm"):
+            if hasattr(self, name):
+                getattr(self, name).init_weights()
 
     @classmethod
     def read_options(cls, options: Mapping[str, Any]) -> Any:
@@ -129,10 +143,14 @@ class Attention(nn.Module, ABC):
         return arch
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, T, H, K), k (B, T, Hkv, K), v (B, T, Hkv, V) from the fused rows q | k | v."""
+        """q (B, T, H, K), k (B, T, Hkv, K), v (B, T, Hkv, V) from the fused rows q | k | v, q and k normed."""
         a = self.arch
         q, k, v = self.in_proj(x).split((a.n_heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim), -1)
-        return q.unflatten(-1, (a.n_heads, -1)), k.unflatten(-1, (a.kv_heads, -1)), v.unflatten(-1, (a.kv_heads, -1))
+        q, k, v = q.unflatten(-1, (a.n_heads, -1)), k.unflatten(-1, (a.kv_heads, -1)), v.unflatten(-1, (a.kv_heads, -1))
+        if a.qk_norm and self.norms_projection():
+            norm = nn.Module.__call__ if a.qk_norm_per_head else norm_over_heads
+            q, k = norm(self.q_norm, q).to(v.dtype), norm(self.k_norm, k).to(v.dtype)
+        return q, k, v
 
     def _projection_flops(self) -> float:
         return 2.0 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

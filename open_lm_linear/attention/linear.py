@@ -114,6 +114,9 @@ class LinearAttention(Attention):
         """torch's Linear initialisation, as the reference's, or relu(x) to begin with."""
         feature_dim: int | None = None
         """Features per head after the map (None: qk_head_dim)."""
+        qk_norm_at: Literal["projection", "features"] = "projection"
+        """Where qk_norm applies: to the projections, by the checkpoint's own norms, or to the features, by new norms, as
+        the reference does."""
 
     config: Config
 
@@ -127,10 +130,10 @@ class LinearAttention(Attention):
         self._totrain_embed_kv = None
         if arch.kv_heads != arch.n_heads:
             self._totrain_embed_kv = FeatureMap(arch.kv_heads, arch.qk_dim, features, **kinds)
-        if arch.qk_norm:
+        if arch.qk_norm and not self.norms_projection():
             self._totrain_q_norm = build_norm(arch.model_norm, arch.n_heads * features, arch.norm_eps)
             self._totrain_k_norm = build_norm(arch.model_norm, arch.n_heads * features, arch.norm_eps)
-        self.rotary = Rotary(arch, features)
+        self.rotary = Rotary(arch, features, layer)
         self.slopes = self._slopes()
 
     def _check(self) -> None:
@@ -143,6 +146,10 @@ class LinearAttention(Attention):
             raise UserError(f"rotary embeddings need an even feature_dim, not {c.feature_dim}.")
         if c.feature_map_init not in ("default", "identity"):
             raise UserError(f"feature_map_init must be default or identity, not {c.feature_map_init!r}.")
+        if c.qk_norm_at not in ("projection", "features"):
+            raise UserError(f"qk_norm_at must be projection or features, not {c.qk_norm_at!r}.")
+        if c.qk_norm_at == "features" and self.arch.qk_norm_per_head:
+            raise UserError("qk_norm_at features norms all heads together: it does not go with qk_norm_per_head.")
         if c.decay_start is not None and (c.use_retnet_slopes or not c.use_decay):
             raise UserError(
                 "decay_start belongs to the lightning slopes: drop it, use_retnet_slopes or --no-use-decay."
@@ -157,17 +164,21 @@ class LinearAttention(Attention):
         retnet = self.config.use_retnet_slopes
         return tuple(retnet_slopes(heads) if retnet else lightning_slopes(heads, self.config.decay_start))
 
+    def norms_projection(self) -> bool:
+        return self.config.qk_norm_at == "projection"
+
     def new_keys(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.startswith("_totrain_")}
 
     def dropped_keys(self) -> set[str]:
-        # The softmax layer's norms apply before the rotary to unmapped queries; the reference trains new ones.
+        if self.norms_projection():
+            return set()
         return {"q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"}
 
     def init_weights(self) -> None:
         super().init_weights()
-        for module in self.children():
-            if isinstance(module, nn.Module) and module not in (self.in_proj, self.out_proj):
+        for name, module in self.named_children():
+            if name.startswith("_totrain_"):
                 module.init_weights()  # type: ignore[operator]
 
     def forward(
@@ -195,7 +206,7 @@ class LinearAttention(Attention):
         q, k, v = self._project(x)
         k = (self._totrain_embed_kv or self._totrain_embed)(k)
         q = self._totrain_embed(q)
-        if self.arch.qk_norm:
+        if self.arch.qk_norm and not self.norms_projection():
             # The norm's gain is one per query head, so here, and only here, a shared key becomes one a head.
             groups = self.arch.n_heads // self.arch.kv_heads
             k = k.repeat_interleave(groups, dim=2)
@@ -219,12 +230,14 @@ class LinearAttention(Attention):
         options = dict(arch.attn_options)
         if options["feature_dim"] is None:
             options["feature_dim"] = arch.qk_dim
-        return replace(arch, attn_options=options)
+        # What only softmax has: a window over keys, and the scale and cap of its logits.
+        none = dict.fromkeys(("sliding_window", "sliding_window_layers", "query_pre_attn_scalar", "attn_logit_softcap"))
+        return replace(arch, attn_options=options, **none)
 
     @classmethod
     def from_openlm(cls, arch: ModelConfig) -> ModelConfig:
-        """OpenLM's default is no decay, and its qk_head_dim is that of the features, not of the projection."""
-        options = {"use_decay": False, **arch.attn_options}
+        """OpenLM's default is no decay; its qk_norm and its qk_head_dim are those of the features."""
+        options = {"use_decay": False, "qk_norm_at": "features", **arch.attn_options}
         if "feature_dim" not in options:
             options["feature_dim"] = arch.qk_dim
             arch = replace(arch, qk_head_dim=None)

@@ -246,7 +246,7 @@ class OpenLMLinearForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             cache.renew(past, hidden.shape[1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._logits(hidden[:, kept] if labels is None else hidden)
+        logits = self.model.logits(hidden[:, kept] if labels is None else hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
@@ -260,14 +260,6 @@ class OpenLMLinearForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _asked(self, name: str, value: bool | None) -> bool | None:
         return getattr(self.config, name) if value is None else value
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, vocab_size) in float32, wherever a device map has put the matrix."""
-        if self.model.output is not None:
-            logits = self.model.output(hidden)
-        else:
-            logits = F.linear(hidden, self.model.head_weight().to(hidden.device, hidden.dtype))
-        return logits.float() if logits.dtype != torch.float64 else logits
 
     @staticmethod
     def _refuse(attention_mask: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> None:

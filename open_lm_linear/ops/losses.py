@@ -15,7 +15,12 @@ LOGITS_CHUNK = 1024
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk: int = LOGITS_CHUNK
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float = 0.0,
+    chunk: int = LOGITS_CHUNK,
+    softcap: float | None = None,
 ) -> Tensor:
     """Summed cross entropy of ``hidden @ weight.T`` against ``targets``, by chunks of tokens.
 
@@ -27,6 +32,7 @@ def chunked_cross_entropy(
         weight: (V, D).
         targets: (N,) token ids, -100 where there is nothing to predict.
         z_loss: coefficient of sum(logsumexp(logits)^2), over the same tokens (arXiv 2204.02311).
+        softcap: logits x become softcap * tanh(x / softcap) (arXiv 2408.00118).
 
     Returns:
         (2,) float32: the cross entropy alone, for the log, and the total with z-loss, to be differentiated.
@@ -36,12 +42,12 @@ def chunked_cross_entropy(
     else:
         dtype = hidden.dtype
     need = torch.is_grad_enabled() and (hidden.requires_grad, weight.requires_grad)
-    return _CrossEntropy.apply(hidden, weight, targets, z_loss, chunk, dtype, need or (False, False))
+    return _CrossEntropy.apply(hidden, weight, targets, z_loss, chunk, softcap, dtype, need or (False, False))
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, z_loss, chunk, dtype, need):  # type: ignore[override]
+    def forward(ctx: Any, hidden, weight, targets, z_loss, chunk, softcap, dtype, need):  # type: ignore[override]
         wide = torch.promote_types(dtype, torch.float32)
         dhidden = torch.empty_like(hidden, dtype=dtype) if need[0] else None
         dweight = torch.zeros_like(weight, dtype=wide) if need[1] else None
@@ -53,6 +59,11 @@ class _CrossEntropy(torch.autograd.Function):
                 h, target = hidden[span].to(dtype), targets[span]
                 counted = target != IGNORE
                 logits = (h @ w.T).to(wide)
+                slope = None
+                if softcap is not None:
+                    logits = logits.div_(softcap).tanh_()
+                    slope = 1 - logits.square()  # of the cap, for the gradient
+                    logits = logits.mul_(softcap)
                 picked = logits.gather(-1, target.clamp(min=0)[:, None])[:, 0]
                 # One exponential serves both the normaliser and the gradient, in place of the logits.
                 top = logits.amax(-1)
@@ -65,7 +76,7 @@ class _CrossEntropy(torch.autograd.Function):
                 # d/dlogits = softmax * (1 + 2 z log_z) - one_hot(target)
                 grad = logits.mul_((counted * (1 + 2 * z_loss * log_z) / total)[:, None])
                 grad.scatter_add_(-1, target.clamp(min=0)[:, None], -counted.to(wide)[:, None])
-                grad = grad.to(dtype)
+                grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
                 if dhidden is not None:
                     dhidden[span] = grad @ w
                 if dweight is not None:
@@ -80,7 +91,7 @@ class _CrossEntropy(torch.autograd.Function):
         grads = []
         for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True):
             grads.append((saved * grad[1].to(saved.dtype)).to(dtype) if need else None)
-        return *grads, None, None, None, None, None
+        return *grads, *[None] * 6
 
 
 def cross_entropy_per_token(logits: Tensor, targets: Tensor) -> Tensor:
