@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,15 +139,20 @@ def require_whole(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or cut short; the sentence names it.
     """
+    path = folder / "state.json"
+    sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()} if folder.is_dir() else {}
+    return require_files(path.read_text() if path.exists() else "", sizes, str(folder))
+
+
+def require_files(text: str, sizes: Mapping[str, int], folder: str) -> dict[str, Any]:
+    """``require_whole`` of a folder that may be remote, from the text of its state.json and the sizes of its files."""
     try:
-        record = json.loads((folder / "state.json").read_text())
-        sizes = dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = json.loads(text)
+        recorded = dict(record["files"])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a whole checkpoint (no readable state.json): use an earlier one.") from error
-    for name, size in sizes.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
+    for name, size in recorded.items():
+        if (found := sizes.get(name)) != size:
             has = "is missing" if found is None else f"has {found} bytes"
             raise UserError(
                 f"{folder} is a half-written checkpoint: {name} {has} instead of {size} bytes; use an earlier one."

@@ -73,6 +73,21 @@ def parse(
     raise UserError(f"unknown flag {name}.{did_you_mean(name, flag_names(schema))} `{prog} --help` lists the flags.")
 
 
+def peek(argv: Sequence[str], name: str) -> str | None:
+    """The value of one flag before the rest can be parsed."""
+    for i, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+            return value or (argv[i + 1] if i + 1 < len(argv) else None)
+    return None
+
+
+def flags_in(argv: Sequence[str]) -> set[str]:
+    """The flags on a command line by their fields' names; of a switch both forms."""
+    names = {w.partition("=")[0][2:].replace("-", "_") for w in argv if w.startswith("--")}
+    return names | {n.removeprefix("no_") for n in names}
+
+
 def flag_names(schema: type) -> list[str]:
     """Every flag that ``schema`` defines, nested sections included: ``["--train-data", ...]``."""
     import dataclasses

@@ -110,17 +110,17 @@ def from_cli(argv: Sequence[str] | None = None) -> Config:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--"]:  # torchrun takes --logs for an abbreviation of its own; `-m ... -- --logs X` gets it past
         argv = argv[1:]
-    file = _read_file(path) if (path := _peek(argv, "config")) else {}
-    pretrained = _peek(argv, "pretrained") or file.get("pretrained")
+    file = _read_file(path) if (path := cli.peek(argv, "config")) else {}
+    pretrained = cli.peek(argv, "pretrained") or file.get("pretrained")
     values = {**_recipe(pretrained), **file}
-    attn_name = _peek(argv, "attn_name") or values.get("attn_name")
-    options = _options_class(attn_name)
+    attn_name = cli.peek(argv, "attn_name") or values.get("attn_name")
+    options = options_class(attn_name)
     default = _compose({**values, **({"attn_name": attn_name} if attn_name else {})}, options)
     given = dict(default.model.attn)
     schema, filled = _schema(default, options, given)
     parsed = cli.parse(schema, argv, prog=PROG, description=DESCRIPTION, default=filled, retired=RETIRED)
     if options is not None:
-        flags = {f.name for f in dataclasses.fields(options)} & _flags_in(argv)
+        flags = {f.name for f in dataclasses.fields(options)} & cli.flags_in(argv)
         given |= {name: getattr(parsed.attention, name) for name in flags}  # type: ignore[attr-defined]
     sections = {name: getattr(parsed, name) for name in SECTIONS}
     chosen = {f.name: getattr(parsed.model, f.name) for f in dataclasses.fields(ModelSection)}
@@ -136,8 +136,6 @@ def check(cfg: Config) -> None:
 
     if not (cfg.model.model or cfg.model.pretrained):
         raise UserError(f"no model: give --pretrained or --model; the shortest complete command is `{SHORTEST}`.")
-    if cfg.model.model and cfg.model.pretrained:
-        raise UserError("--model trains from scratch and --pretrained uptrains: give one of them.")
     data = cfg.data
     if data.dataset_type != "synthetic" and not (data.train_data or data.dataset_manifest):
         raise UserError(f"no training data: give --train-data; the shortest complete command is `{SHORTEST}`.")
@@ -155,7 +153,7 @@ def read_run_config(run: str | Path) -> Config:
     if not path.exists():
         raise UserError(f"{run} is not a run folder: it holds no config.yaml.")
     values = _read_file(str(path))
-    return _compose(values, _options_class(values.get("attn_name")))
+    return _compose(values, options_class(values.get("attn_name")))
 
 
 def write_run_config(cfg: Config, run: Path) -> None:
@@ -163,20 +161,6 @@ def write_run_config(cfg: Config, run: Path) -> None:
     import yaml
 
     (run / "config.yaml").write_text(yaml.safe_dump(cfg.flat(), sort_keys=False))
-
-
-def _peek(argv: Sequence[str], name: str) -> str | None:
-    """The value of one flag before the rest can be parsed."""
-    for i, word in enumerate(argv):
-        flag, _, value = word.partition("=")
-        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
-            return value or (argv[i + 1] if i + 1 < len(argv) else None)
-    return None
-
-
-def _flags_in(argv: Sequence[str]) -> set[str]:
-    names = {w.partition("=")[0][2:].replace("-", "_") for w in argv if w.startswith("--")}
-    return names | {n.removeprefix("no_") for n in names}
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -205,7 +189,7 @@ def _recipe(pretrained: str | None) -> dict[str, Any]:
     return {} if preset is None else _read_file(preset.recipe)
 
 
-def _options_class(attn_name: str | None) -> type | None:
+def options_class(attn_name: str | None) -> type | None:
     if not attn_name:
         return None
     from open_lm_linear import attention

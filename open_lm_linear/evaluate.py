@@ -204,7 +204,7 @@ def loaders(run: Path, cfg: Config, device: torch.device) -> dict[str, Loader]:
     from open_lm_linear import pretrained
 
     def teacher(dtype: torch.dtype) -> Transformer:
-        return pretrained.load_pretrained(cfg.model.pretrained, dtype=dtype, device=device)
+        return pretrained.load_pretrained(cfg.model.pretrained, dtype=dtype, device=device, model=cfg.model.model)
 
     def swapped(dtype: torch.dtype) -> Transformer:
         return pretrained.build_model(cfg.model, dtype=dtype, device=device, seed=cfg.run.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -193,3 +193,36 @@ def put(target: Tensor, value: Tensor) -> None:
 
         value = value.to(target.device, target.dtype)
         target.copy_(distribute_tensor(value, target.device_mesh, placements, src_data_rank=None))  # type: ignore[attr-defined]
+
+
+def put_rows(target: Tensor, read: Callable[[int, int], Tensor], block: int = 16 << 20) -> None:
+    """Fills ``target`` with rows that ``read(begin, end)`` gives, of a sharded one this rank's alone, block by block.
+
+    Args:
+        read: rows [begin, end) along dim 0 on the CPU; of a scalar all of it.
+        block: bytes of ``target`` to ask for at once.
+    """
+    import torch
+
+    local, offset = _local(target)
+    with torch.no_grad():
+        if not local.dim():
+            local.copy_(read(0, 1))
+            return
+        step = max(1, block // max(1, local[:1].numel() * local.element_size()))
+        for begin in range(0, len(local), step):
+            end = min(begin + step, len(local))
+            rows = read(offset[0] + begin, offset[0] + end)
+            for dim in range(1, local.dim()):
+                rows = rows.narrow(dim, offset[dim], local.shape[dim])
+            local[begin:end].copy_(rows)
+
+
+def _local(target: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part of a tensor that may be sharded, and where it begins in the whole."""
+    if not hasattr(target, "to_local"):
+        return target, (0,) * target.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    return target.to_local(), tuple(offset)

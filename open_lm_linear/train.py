@@ -34,9 +34,11 @@ def train(cfg: Config) -> Path | None:
     with parallel.setup(cfg.parallel) as ctx:
         if cfg.data.dataset_type != "synthetic":
             stream.count_sequences(cfg.data)  # missing data is said before gigabytes of weights are fetched
-        source = pretrained.open_source(cfg.model.pretrained) if cfg.model.pretrained else None
+        source = pretrained.open_source(cfg.model.pretrained, cfg.model.model) if cfg.model.pretrained else None
         with torch.device("meta"):
             model = Transformer(_architecture(cfg, source)).to(ctx.param_dtype)
+        if source is not None:
+            pretrained.match(model, source)  # what does not fit is said before memory is taken
         seq_len = cfg.data.seq_len or model.config.seq_len
         stream.check(cfg.data, seq_len, model.config.vocab_size)
         plan = Plan.of(cfg, model, source, seq_len, ctx)
@@ -163,7 +165,7 @@ class Plan:
             raise UserError("--fit-tokens fits a swapped attention to its teacher: give --pretrained and --attn-name.")
         sizes = {n: p.numel() for n, p in model.named_parameters()}
         swapped = source is not None and pretrained.is_swap(model, source)
-        new = tuple(sorted(model.new_keys())) if swapped else ()
+        new = tuple(sorted(model.new_keys() if swapped else source.untrained if source else ()))
         added = sum(sizes[n] for n in new)
         trained = added if cfg.optim.train_params == "new" else sum(sizes.values())
         shards = ctx.world_size if cfg.parallel.fsdp else 1

