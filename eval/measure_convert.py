@@ -96,8 +96,7 @@ def make(folder: Path, layers: int) -> int:
 
 CHILD_CONVERT = """
 import resource, sys, time
-import open_lm_linear.convert as c
-import torch, transformers
+import open_lm_linear.pretrained.copies as c
 from transformers import AutoConfig
 from open_lm_linear.pretrained import open_source
 AutoConfig.for_model("mistral")
@@ -131,7 +130,8 @@ with parallel.setup(parallel.ParallelConfig(device="cpu", precision="bf16", fsdp
     for rank in range(ctx.world_size):
         ctx.barrier()
         if rank == ctx.rank:
-            print(f"rank {rank}: shards {shard / 1e9:.3f} GB of {total / 1e9:.3f} GB, read {source.reader.bytes_read / 1e9:.3f} GB "
+            read = source.reader.bytes_read
+            print(f"rank {rank}: shards {shard / 1e9:.3f} GB of {total / 1e9:.3f} GB, read {read / 1e9:.3f} GB "
                   f"in {seconds:.0f} s, peak memory {peak() - before:.0f} MiB above {before:.0f} MiB "
                   f"({(peak() - before) / (shard / 2**20):.2f} x its shards)", flush=True)
 """
@@ -158,9 +158,15 @@ def main() -> None:
     try:
         began = time.perf_counter()
         size = make(source, args.layers)
-        print(f"made {size / 1e9:.2f} GB, {args.layers} layers of Mistral-7B's shapes, {time.perf_counter() - began:.0f} s")
+        print(
+            f"made {size / 1e9:.2f} GB, {args.layers} layers of Mistral-7B's shapes, "
+            f"{time.perf_counter() - began:.0f} s"
+        )
         pair = 2 * 2 * 14336 * 4096 / 2**20
-        print(f"largest pair of tensors needed at once (gate and up): {pair:.0f} MiB; 1.5 times that is {1.5 * pair:.0f} MiB")
+        print(
+            f"largest pair of tensors needed at once (gate and up): {pair:.0f} MiB; "
+            f"1.5 times that is {1.5 * pair:.0f} MiB"
+        )
         for name in ("", "linear"):
             print(f"convert{f' --attn-name {name}' if name else ''}: ", end="", flush=True)
             run([sys.executable, "-c", CHILD_CONVERT, str(source), str(copy), name])

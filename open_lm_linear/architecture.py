@@ -56,8 +56,10 @@ _INERT: dict[str, tuple[Any, ...]] = {
 class ModelConfig:
     """One architecture. Field names are the keys of OpenLM's model JSON; missing keys have its defaults.
 
-    The fields that OpenLM does not have change nothing unless given; they hold what other families of the Llama kind
-    do. Lists of layers count from 0. ``attn_options`` holds every key that belongs to the chosen attention (its ``Config``), such as ``use_decay``.
+    Fields that OpenLM does not have change nothing unless given: they hold what other families of the Llama kind do.
+    Lists of layers count from 0.
+
+    ``attn_options`` holds every key that belongs to the chosen attention (its ``Config``), such as ``use_decay``.
     """
 
     hidden_dim: int
@@ -159,7 +161,9 @@ class ModelConfig:
         kind = self.rotary_scaling.get("rope_type") if isinstance(self.rotary_scaling, Mapping) else None
         if kind not in ROTARY_SCALINGS:
             known = ", ".join(ROTARY_SCALINGS)
-            raise UserError(f"rotary_scaling must be an object with a rope_type of {known}, not {self.rotary_scaling!r}.")
+            raise UserError(
+                f"rotary_scaling must be an object with a rope_type of {known}, not {self.rotary_scaling!r}."
+            )
         needed, optional = ROTARY_SCALINGS[kind]
         for key in needed:
             if self.rotary_scaling.get(key) is None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import math
 import sys
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,16 +25,10 @@ from open_lm_linear.config import options_class
 from open_lm_linear.metrics import human_bytes
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from open_lm_linear.architecture import ModelConfig
-    from open_lm_linear.model import Transformer
-    from open_lm_linear.pretrained.matching import Match
-    from open_lm_linear.pretrained.sources import Source
+    from open_lm_linear.pretrained.copies import Job
 
 PROG = "python -m open_lm_linear.convert"
-SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class ConvertArgs:
     """Of the parameters that a swap adds."""
     overwrite: bool = False
     """Replace a converted copy that is in the folder."""
-    max_shard_gb: float = SHARD_BYTES / 1e9
+    max_shard_gb: float = 5.0
     """Most gigabytes of one file."""
     text: str = ""
     """--verify: a UTF-8 file to run on. Empty: a page of the Python documentation."""
@@ -68,296 +61,6 @@ class ConvertArgs:
     """--verify: compare models of the first so many layers. 0: all, or as many as memory takes."""
     model: ModelSection = field(default_factory=ModelSection)
     """The model."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One tensor to write: rows [begin, end) of one of our parameters, under its name in the copy."""
-
-    name: str
-    parameter: str
-    begin: int
-    end: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
-
-
-@dataclass
-class Job:
-    """A conversion worked out from headers: the model on the meta device, where each parameter comes from, what is
-    written."""
-
-    source: Source
-    model: Transformer
-    match: Match
-    items: list[Item]
-    config_json: dict[str, Any]
-    format: str
-    seed: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(item.nbytes for item in self.items)
-
-
-def prepare(
-    source: Source,
-    attn_name: str | None = None,
-    *,
-    format: str = "openlm",
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    **changes: Any,
-) -> Job:
-    """Works a conversion out from headers alone.
-
-    Args:
-        dtype: of what is written; None keeps each tensor's own.
-        changes: fields of the config or options of the attention.
-
-    Raises:
-        UserError: whatever does not fit, by its key; a model that Hugging Face's format cannot hold.
-    """
-    import torch
-
-    from open_lm_linear.model import Transformer, swap
-    from open_lm_linear.pretrained.families import to_hugging_face
-    from open_lm_linear.pretrained.matching import in_layout, match
-
-    config = swap(source.config, attn_name, **changes)
-    if format == "hf":
-        config = in_layout(config, "rotary")
-    with torch.device("meta"):
-        model = Transformer(config)
-    matched = match(model, source)
-    table: Mapping[str, tuple[str, ...]] = {}
-    values: dict[str, Any] = model.config.to_json()
-    if format == "hf":
-        if model.config.attn_name != "softmax":
-            raise UserError(
-                "--format hf writes softmax models, which transformers knows: export a linear one with "
-                "`python -m open_lm_linear.hf.export`."
-            )
-        family, values = to_hugging_face(model.config, source.family)
-        values |= _special_tokens(source, model.config.vocab_size)
-        table = family.table(config.n_layers)
-    items = [item for name in dict(model.named_parameters()) for item in _items(model, matched, name, table, dtype)]
-    if format == "hf":
-        values["dtype"] = str(max(items, key=lambda item: item.nbytes).dtype).removeprefix("torch.")
-    return Job(source, model, matched, items, values, format, seed)
-
-
-def _special_tokens(source: Source, vocab_size: int) -> dict[str, Any]:
-    """The ids that begin, end and pad: the source's config has them, or its tokenizer; a config's defaults are others."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    if source.hugging_face is not None:
-        return {name: source.hugging_face.get(name) for name in names}
-    if source.tokenizer() is None:
-        return dict.fromkeys(names)
-    from open_lm_linear.pretrained.loading import load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(source.name)
-    except UserError:  # said when it would be laid beside the copy
-        return dict.fromkeys(names)
-    ids = {name: getattr(tokenizer, name, None) for name in names}
-    return {name: i if i is not None and i < vocab_size else None for name, i in ids.items()}
-
-
-def _items(
-    model: Transformer, matched: Match, name: str, table: Mapping[str, tuple[str, ...]], dtype: torch.dtype | None
-) -> Iterator[Item]:
-    """A parameter as it will be written: as it is, or cut into the tensors that Hugging Face's format has for it."""
-    shape = tuple(model.get_parameter(name).shape)
-    own = matched.kept[name].dtype if name in matched.kept else _main_dtype(matched)
-    names = table.get(name, (name,))
-    sizes = [shape[0]]
-    if len(names) > 1:
-        c = model.config
-        q, k = c.n_heads * c.qk_dim, c.kv_heads * c.qk_dim
-        sizes = [q, k, c.kv_heads * c.v_dim] if "in_proj" in name else [shape[0] // 2] * 2
-    begin = 0
-    for theirs, size in zip(names, sizes, strict=True):
-        yield Item(theirs, name, begin, begin + size, (size, *shape[1:]), dtype or own)
-        begin += size
-
-
-def _main_dtype(matched: Match) -> torch.dtype:
-    """The dtype that most of the checkpoint's parameters have."""
-    return matched.kept["tok_embeddings.weight"].dtype
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What a conversion wrote."""
-
-    folder: Path
-    nbytes: int
-    files: int
-    seconds: float
-
-
-def convert(job: Job, folder: str | Path, *, overwrite: bool = False, max_shard_bytes: int = SHARD_BYTES) -> Converted:
-    """Writes a job's copy; the folder is there whole and compared with what was meant, or not at all.
-
-    Raises:
-        UserError: a folder in use, too little room, or a source that turns out damaged.
-        RuntimeError: what lies on the disk is not what was written.
-    """
-    import time
-
-    folder = Path(folder).resolve()
-    check_folder(folder, overwrite)
-    room = shutil.disk_usage(_existing(folder)).free
-    if room < job.nbytes + (64 << 20):
-        raise UserError(f"{folder} needs {human_bytes(job.nbytes)} and the disk has {human_bytes(room)} left.")
-    began = time.perf_counter()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        from open_lm_linear.pretrained.matching import require_equal
-
-        require_equal(job.source, job.match.tied)
-        shards = _shards(job.items, max_shard_bytes)
-        checksums = _write(job, partial, shards)
-        _read_back(partial, checksums)
-        _write_records(job, partial, shards, checksums)
-        _keep_tokenizer(job.source, partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Converted(folder, job.nbytes, len(shards), time.perf_counter() - began)
-
-
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises UserError where a copy cannot be written to ``folder``."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give a folder to write.")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"{folder} is not empty: give another folder, or --overwrite to replace the copy in it.")
-    if not (folder / "state.json").exists() and not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no converted copy, and --overwrite replaces nothing else: give another folder.")
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.parent)
-
-
-def _shards(items: list[Item], most: int) -> dict[str, list[Item]]:
-    """File name -> its tensors, in order, no file above ``most`` bytes but for one tensor that is larger alone."""
-    groups: list[list[Item]] = [[]]
-    for item in items:
-        if groups[-1] and sum(i.nbytes for i in groups[-1]) + item.nbytes > most:
-            groups.append([])
-        groups[-1].append(item)
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _write(job: Job, folder: Path, shards: dict[str, list[Item]]) -> dict[str, str]:
-    """Streams every tensor into its file; SHA-256 by the names of the copy."""
-    from open_lm_linear.pretrained.safetensors_files import SafetensorsWriter
-
-    checksums: dict[str, str] = {}
-    rows = _Rows(job)
-    for file, items in shards.items():
-        tensors = {item.name: (item.dtype, item.shape) for item in items}
-        with SafetensorsWriter(folder / file, tensors, {"format": "pt"}) as writer:
-            for item in items:
-                for block in rows.of(item):
-                    writer.write(item.name, block.to(item.dtype))
-            checksums |= writer.close()
-    return checksums
-
-
-class _Rows:
-    """The rows of items in the order of the model's parameters; new parameters are drawn as their turn comes."""
-
-    def __init__(self, job: Job) -> None:
-        from open_lm_linear.pretrained.loading import new_values
-
-        self.match = job.match
-        self.fresh = new_values(job.model.config, job.seed, set(job.match.new))
-
-    def of(self, item: Item) -> Iterator[Tensor]:
-        if item.parameter in self.match.kept:
-            yield from self.match.kept[item.parameter].rows(item.begin, item.end)
-            return
-        name, value = next(self.fresh)
-        assert name == item.parameter, (name, item)
-        yield value
-
-
-def _read_back(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Compares what lies on the disk with what was written, tensor by tensor."""
-    from open_lm_linear.pretrained.safetensors_files import tensor_checksums
-
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= tensor_checksums(path)
-    if odd := sorted(name for name in {*found, *checksums} if found.get(name) != checksums.get(name)):
-        raise RuntimeError(f"{odd[0]!r} does not read back from the disk as it was written; nothing was put in place.")
-
-
-def _write_records(job: Job, folder: Path, shards: dict[str, list[Item]], checksums: Mapping[str, str]) -> None:
-    from open_lm_linear.pretrained.sources import INDEX
-
-    if len(shards) > 1:
-        weight_map = {item.name: file for file, items in shards.items() for item in items}
-        index = {"metadata": {"total_size": job.nbytes}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    if job.format == "hf":
-        (folder / "config.json").write_text(json.dumps(job.config_json, indent=2) + "\n")
-        if job.source.hugging_face is not None and job.source.place and "generation_config.json" in job.source.place:
-            (folder / "generation_config.json").write_text(job.source.place.text("generation_config.json"))
-        return
-    (folder / "model.json").write_text(json.dumps(job.config_json, indent=2) + "\n")
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    untrained = sorted(job.match.new or job.source.untrained)
-    record = {
-        "step": 0,
-        "samples": 0,
-        "tokens": 0,
-        "seconds": 0.0,
-        "config": {"pretrained": job.source.name},
-        "family": job.source.family,
-        "notes": job.source.notes,
-        "untrained": untrained,
-        "files": sizes,
-        "sha256": dict(checksums),
-    }
-    (folder / "state.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _keep_tokenizer(source: Source, folder: Path) -> None:
-    """Lays the source's tokenizer beside the copy, where it has one."""
-    from open_lm_linear.pretrained.loading import load_tokenizer
-    from open_lm_linear.pretrained.sources import TOKENIZER_FILES
-
-    place = source.place
-    files = [f for f in place.files() if TOKENIZER_FILES.fullmatch(f)] if place else []
-    for file in files:
-        assert place is not None
-        shutil.copyfile(place.local(file), folder / file)
-    if files or source.tokenizer() is None:
-        return
-    try:
-        load_tokenizer(source.name).save_pretrained(folder)
-    except UserError as error:
-        print(f"note: the copy has no tokenizer: {error}", file=sys.stderr)
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -389,8 +92,8 @@ def plan_text(job: Job) -> str:
         *(f"note: {note}" for note in source.notes),
         f"to write: {human_bytes(job.nbytes)}",
         f"memory: converting takes about {human_bytes(_peak(job))} beyond the interpreter's; "
-        f"loading takes {human_bytes(4 * _parameters(job))} in float32, {human_bytes(2 * _parameters(job))} in bfloat16, "
-        "under --fsdp divided by the ranks",
+        f"loading takes {human_bytes(4 * _parameters(job))} in float32, {human_bytes(2 * _parameters(job))} in "
+        "bfloat16, under --fsdp divided by the ranks",
     ]
     return "\n".join(lines)
 
@@ -421,9 +124,7 @@ def _table(job: Job) -> list[str]:
             row[i] += value
 
     def stored(name: str, state: str, recipe: Any) -> None:
-        count = 1
-        for size in recipe.shape:
-            count *= size
+        count = math.prod(recipe.shape)
         add(name, state, count, count * recipe.dtype.itemsize)
 
     sizes = {item.parameter: item for item in job.items}
@@ -506,11 +207,13 @@ def run(args: ConvertArgs, changes: dict[str, Any]) -> None:
         raise UserError("--pretrained is the source, which stands first: leave the flag out.")
     if not 0 < args.max_shard_gb < float("inf"):
         raise UserError(f"--max-shard-gb must be above 0, not {args.max_shard_gb}.")
-    if args.destination and not args.plan:
-        check_folder(Path(args.destination).resolve(), args.overwrite)
     import torch
 
     from open_lm_linear.pretrained import open_source
+    from open_lm_linear.pretrained.copies import check_folder, convert, prepare
+
+    if args.destination and not args.plan:
+        check_folder(Path(args.destination).resolve(), args.overwrite)
 
     source = open_source(args.source, args.model.model)
     if args.verify:
@@ -520,19 +223,15 @@ def run(args: ConvertArgs, changes: dict[str, Any]) -> None:
         if not args.destination and not args.plan:
             return
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    job = prepare(
-        source, args.model.attn_name or None, format=args.format, dtype=dtype, seed=args.seed, **changes
-    )
+    job = prepare(source, args.model.attn_name or None, format=args.format, dtype=dtype, seed=args.seed, **changes)
     print(plan_text(job))
     if args.plan:
         return
-    done = convert(
-        job, args.destination, overwrite=args.overwrite, max_shard_bytes=int(args.max_shard_gb * 10**9)
-    )
+    done = convert(job, args.destination, overwrite=args.overwrite, max_shard_bytes=int(args.max_shard_gb * 10**9))
     rate = done.nbytes / 1e6 / done.seconds
     print(
-        f"{done.folder}: {human_bytes(done.nbytes)} in {done.files} file{'s' * (done.files > 1)}, written and read back "
-        f"with equal SHA-256 in {done.seconds:.1f} s ({rate:,.0f} MB/s)"
+        f"{done.folder}: {human_bytes(done.nbytes)} in {done.files} file{'s' * (done.files > 1)}, written and read "
+        f"back with equal SHA-256 in {done.seconds:.1f} s ({rate:,.0f} MB/s)"
     )
 
 

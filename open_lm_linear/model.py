@@ -229,7 +229,7 @@ class Transformer(nn.Module):
         """The hidden states (B, T, hidden_dim) after the final norm, without logits, and the past."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.embed(input_ids) if input_ids is not None else inputs_embeds
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
         keep = _keep(attention_mask, x.shape[1])
         positions, following = _positions(x, past, keep, first)
         if self.post_embed_norm is not None:

@@ -24,9 +24,10 @@ from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.cli import UserError
 from open_lm_linear.model import Transformer, swap
 from open_lm_linear.pretrained.families import FAMILIES, to_hugging_face
+from open_lm_linear.pretrained.gguf_files import GGUFReader
 from open_lm_linear.pretrained.loading import load_weights
 from open_lm_linear.pretrained.matching import in_layout, match
-from open_lm_linear.pretrained.readers import GGUFReader, Reader
+from open_lm_linear.pretrained.readers import Reader
 from open_lm_linear.pretrained.sources import Source
 
 Tensor = torch.Tensor
@@ -193,7 +194,11 @@ def _first_layers(source: Source, depth: int) -> Source:
 def _shortened(values: dict[str, Any], depth: int) -> dict[str, Any]:
     """A config.json with fewer layers; lists of one entry a layer are cut."""
     before = values["num_hidden_layers"]
-    cut = {k: v[:depth] for k, v in values.items() if isinstance(v, list) and len(v) == before and k.endswith(("layers", "types"))}
+    cut = {
+        k: v[:depth]
+        for k, v in values.items()
+        if isinstance(v, list) and len(v) == before and k.endswith(("layers", "types"))
+    }
     return {**values, **cut, "num_hidden_layers": depth}
 
 
@@ -283,7 +288,9 @@ def _first_departure(
     points: list[Point], here: list[Tensor], there: list[Tensor], source: Source, theirs: Any, ours: Transformer
 ) -> str:
     """The first tensor of ours that is not theirs, or the first place whose output departs."""
-    place = next((p.name for p, a, b in zip(points, here, there, strict=True) if not _relative(a, b) <= LIMIT), "output")
+    place = next(
+        (p.name for p, a, b in zip(points, here, there, strict=True) if not _relative(a, b) <= LIMIT), "output"
+    )
     family = FAMILIES.get(theirs.config.model_type)
     params = dict(theirs.named_parameters())
     table = {} if family is None else family.table(source.config.n_layers)
@@ -295,6 +302,3 @@ def _first_departure(
         if other.shape != mine.shape or not torch.allclose(mine.detach(), other, rtol=1e-3, atol=1e-5):
             return f"they part at {place!r}, and the first tensor that differs is {name!r} (theirs: {', '.join(names)})"
     return f"they part at {place!r}, where every tensor is the same: the computation differs"
-
-
-

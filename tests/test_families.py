@@ -13,9 +13,9 @@ from conftest import relative
 import open_lm_linear as oll
 from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.cli import UserError
-from open_lm_linear.convert import convert, prepare
 from open_lm_linear.model import Transformer
 from open_lm_linear.pretrained import open_source
+from open_lm_linear.pretrained.copies import convert, prepare
 from open_lm_linear.pretrained.families import FAMILIES, from_hugging_face, to_hugging_face
 
 TOKENS = 45
@@ -156,7 +156,9 @@ def random_model(folder: Path, kind: str, **fields: Any) -> Any:
 def their_logits(model: Any, cut: int | None = None) -> torch.Tensor:
     """All logits in one call, or with a cache: ``cut`` tokens and then one by one."""
     with torch.no_grad():
-        model(IDS[:, :2], use_cache=False)  # with dynamic scaling transformers remembers the longest call until a short one
+        model(
+            IDS[:, :2], use_cache=False
+        )  # with dynamic scaling transformers remembers the longest call until a short one
         if cut is None:
             return model(IDS, use_cache=False).logits
         out = model(IDS[:, :cut], use_cache=True)
@@ -284,11 +286,11 @@ def test_a_scaling_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "another family": ({"model_type": "gpt_neox", "rotary_pct": 0.25}, "'gpt_neox' is not supported; supported: .*rotary_pct"),
+    "another family": ({"model_type": "gpt_neox", "rotary_pct": 0.25}, "'gpt_neox' is not supported; .*rotary_pct"),
     "activation": ({"hidden_act": "relu"}, "the config field hidden_act = 'relu' cannot be represented"),
     "quantised": ({"quantization_config": {"bits": 4}}, "the config field quantization_config"),
-    "rope type": ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 1.0}}, "rope_type = 'proportional'"),
-    "partial rotary": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    "rope type": ({"rope_parameters": {**ROPE, "rope_type": "proportional", "factor": 1.0}}, "rope_type = 'propor"),
+    "partial rotary": ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     "no layers": ({"num_hidden_layers": None}, "config.json"),
 }  # fmt: skip
 

@@ -22,8 +22,8 @@ LAYERS = [
     ["attention"],
     ["model"],
     ["pretrained", "data", "optim", "parallel", "checkpoint", "metrics", "generate", "fit", "decoding"],
-    ["config", "hf", "evaluate", "report"],
-    ["train"],
+    ["config", "hf", "evaluate", "report", "parity"],
+    ["train", "convert"],
     ["main"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -22,7 +22,8 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from open_lm_linear.cli import UserError
-from open_lm_linear.pretrained.places import BLOCK, HubPlace, LocalPlace, RemotePlace, find_place
+from open_lm_linear.pretrained.places import LocalPlace, find_place
+from open_lm_linear.pretrained.remote import BLOCK, HubPlace, RemotePlace
 
 CONFIG = json.dumps({"model_type": "llama"}).encode()
 

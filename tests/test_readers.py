@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from open_lm_linear.cli import UserError
+from open_lm_linear.pretrained.gguf_files import GGUFReader
 from open_lm_linear.pretrained.places import LocalPlace
-from open_lm_linear.pretrained.readers import GGUFReader, ModelParallelReader, Reader, SafetensorsReader, TorchReader
+from open_lm_linear.pretrained.readers import ModelParallelReader, Reader, SafetensorsReader, TorchReader
 from open_lm_linear.pretrained.safetensors_files import SafetensorsWriter, read_header, tensor_checksums
 
 gguf = pytest.importorskip("gguf")
@@ -193,14 +194,15 @@ CHILD = """
 import os, sys
 from pathlib import Path
 import torch
-from open_lm_linear.pretrained import readers
+from open_lm_linear.pretrained import gguf_files, readers
 from open_lm_linear.pretrained.places import LocalPlace
 
 torch.set_num_threads(1)
 path, hold = Path(sys.argv[1]), sys.argv[2] == "hold"
 readers.TorchReader.window = 8 << 20
 place = LocalPlace(path.parent)
-kind = {".gguf": readers.GGUFReader, ".pt": readers.TorchReader, ".safetensors": readers.SafetensorsReader}[path.suffix]
+kinds = {".gguf": gguf_files.GGUFReader, ".pt": readers.TorchReader, ".safetensors": readers.SafetensorsReader}
+kind = kinds[path.suffix]
 reader = kind(place, path.name if path.suffix == ".gguf" else [path.name])
 
 def resident():
@@ -287,7 +289,9 @@ def test_the_writer_writes_what_save_file_writes(tmp_path: Path) -> None:
                 writer.write(name, part)
         digests = writer.close()
     content = path.read_bytes()
-    assert digests == {k: hashlib.sha256(v.reshape(-1).view(torch.uint8).numpy()).hexdigest() for k, v in values.items()}
+    assert digests == {
+        k: hashlib.sha256(v.reshape(-1).view(torch.uint8).numpy()).hexdigest() for k, v in values.items()
+    }
     assert tensor_checksums(path) == digests
     assert (8 + int.from_bytes(content[:8], "little")) % 8 == 0
     assert json.loads(content[8 : content.index(b"}}") + 2])["__metadata__"] == {"format": "pt", "note": "ü"}

@@ -102,7 +102,10 @@ class Attention(nn.Module, ABC):
         return set()
 
     def init_weights(self) -> None:
-        """Initialises every parameter of the layer as OpenLM does: truncated normal of std 1/sqrt(hidden_dim)."""
+        """Initialises every parameter of the layer as OpenLM does: truncated normal of std 1/sqrt(hidden_dim).
+
+        A child that has an ``init_weights`` of its own may be drawn by that alone, without the layer.
+        """
         std = 1.0 / math.sqrt(self.arch.hidden_dim)
         truncated_normal(self.in_proj.weight, std)
         truncated_normal(self.out_proj.weight, std / math.sqrt(2 * (self.layer + 1)))

@@ -115,8 +115,7 @@ class LinearAttention(Attention):
         feature_dim: int | None = None
         """Features per head after the map (None: qk_head_dim)."""
         qk_norm_at: Literal["projection", "features"] = "projection"
-        """Where qk_norm applies: to the projections, by the checkpoint's own norms, or to the features, by new norms, as
-        the reference does."""
+        """Where qk_norm applies: to the projections, by the checkpoint's norms, or as the reference to the features."""
 
     config: Config
 
@@ -231,8 +230,8 @@ class LinearAttention(Attention):
         if options["feature_dim"] is None:
             options["feature_dim"] = arch.qk_dim
         # What only softmax has: a window over keys, and the scale and cap of its logits.
-        none = dict.fromkeys(("sliding_window", "sliding_window_layers", "query_pre_attn_scalar", "attn_logit_softcap"))
-        return replace(arch, attn_options=options, **none)
+        arch = replace(arch, sliding_window=None, sliding_window_layers=None)
+        return replace(arch, attn_options=options, query_pre_attn_scalar=None, attn_logit_softcap=None)
 
     @classmethod
     def from_openlm(cls, arch: ModelConfig) -> ModelConfig:

@@ -181,8 +181,8 @@ def _attend(
         one = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
         return one.flatten(1, 2)[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    options = {"is_causal": causal, "enable_gqa": groups > 1, "scale": scale}
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
+    return out.transpose(1, 2)
 
 
 def _attend_capped(

@@ -89,7 +89,7 @@ Write = Callable[[ModelConfig], Values]  # our config -> their fields
 
 @dataclass(frozen=True)
 class Trait:
-    """What more than a renaming separates some of their fields from ours: a pair of functions, inverse to each other."""
+    """What more than a renaming separates some of their fields from ours: two functions, inverse to each other."""
 
     read: Read
     write: Write
@@ -148,7 +148,8 @@ def _activation(name: str) -> Trait:
 
     def write(config: ModelConfig) -> Values:
         kind = "swiglu" if config.ffn_type == "swiglu_torch" else config.ffn_type  # two names of one function
-        return {name: theirs for theirs, ours in ACTIVATIONS.items() if ours == kind}
+        theirs = next((theirs for theirs, ours in ACTIVATIONS.items() if ours == kind), None)
+        return {} if theirs is None else {name: theirs}
 
     return Trait(read, write)
 
@@ -331,10 +332,10 @@ FAMILIES = {
 }
 
 # What every config has that does not change what a model computes, for naming the fields that do.
-_INERT = (
-    "architectures auto_map attention_dropout bos_token_id dtype eos_token_id hidden_dropout id2label "
-    "initializer_range label2id model_type pad_token_id torch_dtype transformers_version use_cache _name_or_path"
-).split()
+_INERT = {
+    *("architectures", "auto_map", "attention_dropout", "dtype", "hidden_dropout", "initializer_range", "model_type"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "transformers_version", "use_cache"),
+}
 
 
 def _cannot(source: str, name: str, value: Any) -> UserError:
@@ -345,8 +346,8 @@ def from_hugging_face(values: Mapping[str, Any], *, source: str) -> ModelConfig:
     """A ``config.json`` of one of the `FAMILIES` in our terms. transformers fills in what the file leaves out.
 
     Raises:
-        UserError: another model type (with the supported ones and the fields that stand in the way), a missing field, or
-            the first field that we cannot represent.
+        UserError: another model type (with the supported ones and the fields that stand in the way), a missing field,
+            or the first field that we cannot represent.
     """
     kind = str(values.get("model_type"))
     if kind not in FAMILIES:
@@ -423,7 +424,7 @@ def _written(family: Family, config: ModelConfig) -> Values:
 def _plain(config: ModelConfig) -> Values:
     """A config with every default spelt out and one name for what has two, so that equal means equal."""
     slides = [config.window(i) for i in range(config.n_layers)]
-    same = {
+    same: Values = {
         "n_heads_kv": config.kv_heads,
         "qk_head_dim": config.qk_dim,
         "v_head_dim": config.v_dim,

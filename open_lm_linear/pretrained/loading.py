@@ -112,7 +112,7 @@ def checksum(recipe: Recipe) -> str:
 
 def as_bytes(rows: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
-    return memoryview(rows.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return rows.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def initialise(model: Transformer, seed: int) -> None:
@@ -130,27 +130,33 @@ def new_values(config: ModelConfig, seed: int, only: set[str]) -> Iterator[tuple
     """
     with torch.device("meta"):
         twin = Transformer(config)
+    left = set(only)
     for prefix, part in _parts(twin):
-        names = [n for n, _ in part.named_parameters() if f"{prefix}.{n}" in only]
+        names = [n for n, _ in part.named_parameters() if f"{prefix}.{n}" in left]
         if not names:
             continue
+        left -= {f"{prefix}.{n}" for n in names}
         part.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{prefix}".encode()).digest()[:7], "big"))
             twin.init_part(part)
-        values = dict(part.named_parameters())
         for name in names:
-            yield f"{prefix}.{name}", values[name].detach()
+            yield f"{prefix}.{name}", part.get_parameter(name).detach()
         part.to("meta")  # one part in memory at a time
 
 
 def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that are drawn each by itself, the inner before the outer: where both hold a parameter, the first
+    draws it."""
     for name, child in model.named_children():
         if name != "layers":
             yield name, child
             continue
         for i, block in enumerate(model.layers):
             for part, module in block.named_children():
+                for inner, child in module.named_children():
+                    if hasattr(child, "init_weights"):
+                        yield f"layers.{i}.{part}.{inner}", child
                 yield f"layers.{i}.{part}", module
 
 

@@ -19,7 +19,13 @@ from open_lm_linear.pretrained.sources import Source
 Tensor = torch.Tensor
 
 BLOCK_BYTES = 16 << 20  # of one read where a tensor streams
-IMPLIED = "rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+IMPLIED = (
+    "rotary_emb.inv_freq",
+    "rope.freqs",
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,15 @@ class Turn:
     def __call__(self, heads: Tensor) -> Tensor:
         """Rows (heads * head_dim, ...) in the other order."""
         split = heads.unflatten(0, (-1, self.head_dim))
-        pairs = split[:, : self.turned].unflatten(1, (-1, 2) if self.to_halves else (2, -1)).transpose(1, 2).flatten(1, 2)
+        pairs = (
+            split[:, : self.turned].unflatten(1, (-1, 2) if self.to_halves else (2, -1)).transpose(1, 2).flatten(1, 2)
+        )
         return torch.cat((pairs, split[:, self.turned :]), 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One tensor of ours: the rows of one or several of a checkpoint's, one below the other, perhaps in another order."""
+    """One tensor of ours: the rows of a checkpoint's, several one below the other, perhaps in another order."""
 
     reader: Reader
     names: tuple[str, ...]
@@ -53,15 +61,7 @@ class Recipe:
     @property
     def shape(self) -> tuple[int, ...]:
         shapes = [self.reader.shape(name) for name in self.names]
-        if len(shapes) == 1:
-            return shapes[0]
-        for name, shape in zip(self.names, shapes, strict=True):
-            if shape[1:] != shapes[0][1:]:
-                raise UserError(
-                    f"{self.reader.where(name)} has shape {shape}, which does not go below {shapes[0]} of "
-                    f"{self.names[0]!r}."
-                )
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,7 +139,7 @@ def match(model: Transformer, source: Source) -> Match:
         if ours in params:
             if absent := [t for t in theirs if t not in available]:
                 raise UserError(f"{source.name}: the tensor {absent[0]!r} is missing from the checkpoint.")
-            _require_shape(source, recipe, tuple(params[ours].shape))
+            _require_shapes(source, recipe, ours, tuple(params[ours].shape), model.config)
             result.kept[ours] = recipe
         elif ours == "output.weight" and model.config.weight_tying:
             result.tied[ours] = (recipe, Recipe(source.reader, source.keys["tok_embeddings.weight"]))
@@ -160,11 +160,23 @@ def match(model: Transformer, source: Source) -> Match:
     return result
 
 
-def _require_shape(source: Source, recipe: Recipe, shape: tuple[int, ...]) -> None:
+def part_rows(config: ModelConfig, key: str, parts: int, rows: int) -> list[int]:
+    """How a parameter's rows fall to the ``parts`` tensors that other formats have for it: q | k | v, gate | up."""
+    if parts == 1:
+        return [rows]
+    if ".in_proj." in key:
+        return [config.n_heads * config.qk_dim, config.kv_heads * config.qk_dim, config.kv_heads * config.v_dim]
+    assert ".w12." in key and parts == 2, key
+    return [rows // 2] * 2
+
+
+def _require_shapes(source: Source, recipe: Recipe, key: str, shape: tuple[int, ...], config: ModelConfig) -> None:
     recipe.dtype  # noqa: B018 (refuses what is no plain weight)
-    if recipe.shape != shape:
-        names = " + ".join(repr(name) for name in recipe.names)
-        raise UserError(f"{source.name}: {names} has shape {recipe.shape} in the checkpoint and {shape} in the model.")
+    sizes = part_rows(config, key, len(recipe.names), shape[0]) if shape else [0]
+    for name, rows in zip(recipe.names, sizes, strict=True):
+        found, wanted = recipe.reader.shape(name), (rows, *shape[1:]) if shape else ()
+        if found != wanted:
+            raise UserError(f"{source.name}: {name!r} has shape {found} in the checkpoint, {wanted} in the model.")
 
 
 class _Turns:
@@ -205,6 +217,6 @@ def require_equal(source: Source, pairs: dict[str, tuple[Recipe, Recipe]]) -> No
 
 
 def in_layout(config: ModelConfig, layout: str) -> ModelConfig:
-    """``config`` with the rows of queries and keys in another rotary layout, the same function where they are turned."""
+    """``config`` in another rotary layout: the same function, with other rows of queries and keys."""
     turnable = config.positional_embedding_type in ("rotary", "llama_rotary")
     return dataclasses.replace(config, positional_embedding_type=layout) if turnable else config

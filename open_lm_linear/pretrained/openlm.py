@@ -1,4 +1,4 @@
-"""What OpenLM and linear_open_lm write: ``.pt`` files with a ``params.txt`` two folders up, and Hugging Face folders."""
+"""What OpenLM and linear_open_lm write: ``.pt`` files, ``params.txt`` two folders up, and Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig, shipped
-from open_lm_linear.cli import UserError
 from open_lm_linear.pretrained.readers import Reader
 
 # Its Hugging Face config's names -> those of its JSON.
@@ -70,7 +69,8 @@ def _literal(text: str) -> Any:
 
 def keys_of(names: Collection[str]) -> tuple[dict[str, tuple[str, ...]], list[tuple[str, str]]]:
     """Our key -> the file's, and the pairs of names under which it stores one tensor twice (the gelu feed-forward)."""
-    keys, doubled = {name: (name,) for name in names}, []
+    keys: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
+    doubled = []
     for name in names:
         main = name.replace("._ff_w1.", ".feed_forward.0.").replace("._ff_w2.", ".feed_forward.2.")
         if main != name:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import math
+import os
 import re
-import struct
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -73,7 +71,7 @@ class Reader(ABC):
         """``read`` within the bounds; adds to ``bytes_read``."""
 
 
-def _label(place: Place, file: str) -> str:
+def label_of(place: Place, file: str) -> str:
     return place.name if place.single == file else f"{place.name.rstrip('/')}/{file}"
 
 
@@ -86,12 +84,12 @@ def _plain(dtype: torch.dtype | str, where: str) -> torch.dtype:
     )
 
 
-def _damaged(what: str, kind: str, reason: object) -> UserError:
+def damaged(what: str, kind: str, reason: object) -> UserError:
     return UserError(f"{what} is not a whole {kind} file ({reason}); copy or download it again.")
 
 
 @dataclass(frozen=True)
-class _Home:
+class Home:
     """Where a tensor lies: its file, its key there, and what the file said of it."""
 
     file: str
@@ -100,13 +98,13 @@ class _Home:
     shape: tuple[int, ...]
 
 
-class _FileReader(Reader):
+class FileReader(Reader):
     """What the formats share: one or several files of a place, each tensor at home in one of them."""
 
     def __init__(self, place: Place, files: Sequence[str]) -> None:
         self.place = place
-        self.label = ", ".join(_label(place, file) for file in files)
-        self._homes: dict[str, _Home] = {}
+        self.label = ", ".join(label_of(place, file) for file in files)
+        self._homes: dict[str, Home] = {}
         self._paths: dict[str, Path] = {}
 
     def names(self) -> set[str]:
@@ -114,7 +112,7 @@ class _FileReader(Reader):
 
     def where(self, name: str) -> str:
         home = self._homes[name]
-        return f"{_label(self.place, home.file)}: {home.key!r}"
+        return f"{label_of(self.place, home.file)}: {home.key!r}"
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._homes[name].shape
@@ -122,10 +120,10 @@ class _FileReader(Reader):
     def dtype(self, name: str) -> torch.dtype:
         return _plain(self._homes[name].dtype, self.where(name))
 
-    def _claim(self, name: str, home: _Home) -> None:
+    def _claim(self, name: str, home: Home) -> None:
         if name in self._homes:
             raise UserError(
-                f"{_label(self.place, home.file)}: {home.key!r} is the tensor {name!r}, which is also "
+                f"{label_of(self.place, home.file)}: {home.key!r} is the tensor {name!r}, which is also "
                 f"{self.where(name)}; keep one of the two."
             )
         self._homes[name] = home
@@ -140,7 +138,7 @@ class _FileReader(Reader):
         return UserError(f"{self.where(name)} is no longer what it was when the file was opened; start again.")
 
 
-class SafetensorsReader(_FileReader):
+class SafetensorsReader(FileReader):
     """One or several safetensors files; ``prefix`` is cut from the front of the names.
 
     Only the headers are read here. A file is opened and mapped for each tensor and let go with it, so a process that
@@ -153,11 +151,11 @@ class SafetensorsReader(_FileReader):
         for file in files:
             self._headers[file] = self._header(place.open(file), place.size(file), file)
             for key, entry in self._headers[file].items():
-                self._claim(key.removeprefix(prefix), _Home(file, key, entry.dtype, entry.shape))
+                self._claim(key.removeprefix(prefix), Home(file, key, entry.dtype, entry.shape))
 
     def _header(self, stream: BinaryIO, size: int, file: str) -> dict[str, Entry]:
         with stream:
-            return read_header(stream, size, _label(self.place, file))
+            return read_header(stream, size, label_of(self.place, file))
 
     def _local(self, file: str) -> Path:
         """The file on this machine, once compared with the header that was read of it before."""
@@ -165,7 +163,7 @@ class SafetensorsReader(_FileReader):
         path = super()._local(file)
         if not known and self._header(path.open("rb"), path.stat().st_size, file) != self._headers[file]:
             del self._paths[file]
-            raise UserError(f"{_label(self.place, file)} is no longer what it was when it was opened; start again.")
+            raise UserError(f"{label_of(self.place, file)} is no longer what it was when it was opened; start again.")
         return path
 
     def _read(self, name: str, begin: int, end: int) -> Tensor:
@@ -181,14 +179,14 @@ class SafetensorsReader(_FileReader):
                     value = opened.get_tensor(home.key)
                     whole = tuple(value.shape)
         except (SafetensorError, OSError) as error:
-            raise _damaged(_label(self.place, home.file), "safetensors", error) from error
+            raise damaged(label_of(self.place, home.file), "safetensors", error) from error
         if whole != home.shape or value.dtype != home.dtype:
             raise self._changed(name)
         self.bytes_read += value.nbytes
         return value
 
 
-class TorchReader(_FileReader):
+class TorchReader(FileReader):
     """Files of torch.save (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) with a state dict, bare or under ``state_dict``
     or ``model``; read with torch's weights-only loader, which runs no code of the file.
 
@@ -201,7 +199,7 @@ class TorchReader(_FileReader):
     checksums and is held in memory whole.
     """
 
-    window = 256 << 20
+    window = 128 << 20
 
     def __init__(
         self, place: Place, files: Sequence[str], prefix: str = "", strip: Sequence[str] = ("module.", "_orig_mod.")
@@ -213,7 +211,7 @@ class TorchReader(_FileReader):
         self._since = 0  # bytes read since that was mapped
         self._checked: set[str] = set()
         for file in files:
-            what = _label(place, file)
+            what = label_of(place, file)
             place.size(file)  # a sentence where it is not there
             path = self._local(file)
             zipped = _is_zip(path)
@@ -230,7 +228,7 @@ class TorchReader(_FileReader):
                 plain = value.layout is torch.strided and value.device.type == "cpu"
                 dtype = value.dtype if plain else f"{value.dtype} ({value.layout}, on {value.device})"
                 name = _stripped(key, strip).removeprefix(prefix)
-                self._claim(name, _Home(file, key, dtype, tuple(value.shape)))
+                self._claim(name, Home(file, key, dtype, tuple(value.shape)))
             if not zipped:
                 self._held[file] = state
 
@@ -250,12 +248,12 @@ class TorchReader(_FileReader):
         if file in self._held:
             return self._held[file]
         if self._mapped is None or self._mapped[0] != file or self._since >= self.window:
-            path, what = self._local(file), _label(self.place, file)
+            path, what = self._local(file), label_of(self.place, file)
             if file not in self._checked:
-                _check_zip(path, what, data=True)
+                if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine
+                    _check_zip(path, what, data=True)
                 self._checked.add(file)
-            self._mapped = None
-            gc.collect()  # torch.load leaves its storages in a cycle, and they keep the old mapping
+            self._mapped = None  # lets the old mapping go first
             self._mapped, self._since = (file, _unwrap(_load(path, what), what)[0]), 0
         return self._mapped[1]
 
@@ -283,12 +281,10 @@ def _check_zip(path: Path, what: str, data: bool) -> None:
                         while file.read(1 << 20):
                             pass
     except Exception as error:  # zipfile has a dozen kinds for a damaged file
-        raise _damaged(what, "torch", f"{name}: {error}") from error
+        raise damaged(what, "torch", f"{name}: {error}") from error
 
 
 def _load(path: Path, what: str) -> Any:
-    import pickle
-
     zipped = _is_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -298,12 +294,12 @@ def _load(path: Path, what: str) -> Any:
         asked = re.search(r"GLOBAL (\S+)", reason)
         with path.open("rb") as file:
             is_pickle = zipped or file.read(1) == b"\x80"
-        if isinstance(error, pickle.UnpicklingError) and (asked or is_pickle):
+        if type(error).__name__ == "UnpicklingError" and (asked or is_pickle):
             reason = f"it names {asked[1]}" if asked else reason.rstrip(".")
         elif isinstance(error, RuntimeError) and "TorchScript" in str(error):
             reason = "it is TorchScript"
         else:
-            raise _damaged(what, "torch", reason or type(error).__name__) from error
+            raise damaged(what, "torch", reason or type(error).__name__) from error
         raise UserError(
             f"{what} is a pickle that asks to run code ({reason}), which is never done here: convert it to "
             "safetensors where you trust it."
@@ -335,187 +331,6 @@ def _stripped(name: str, strip: Sequence[str]) -> str:
     while found := next((s for s in strip if s and name.startswith(s)), None):
         name = name[len(found) :]
     return re.sub(r"\.(_orig_mod\.)+", ".", name) if "_orig_mod." in strip else name
-
-
-class GGUFReader(_FileReader):
-    """A GGUF file: float tensors as they are, quantised ones dequantised to float32, both by rows.
-
-    ``fields`` are its metadata without the tokenizer's lists; ``fields["tokens"]`` is the number of its tokens. Rows
-    of query and key weights come in the order of the file: llama.cpp puts the two of a rotary pair side by side.
-    """
-
-    def __init__(self, place: Place, file: str) -> None:
-        super().__init__(place, [file])
-        self.fields: dict[str, Any] = {}
-        self._stored: dict[str, _Stored] = {}
-        with place.open(file) as stream:
-            try:
-                self._parse(_Cursor(stream, place.size(file)), file)
-            except UserError:
-                raise
-            except (ValueError, RecursionError, struct.error, OverflowError) as error:
-                raise _damaged(self.label, "GGUF", error) from error
-
-    # gguf.GGUFReader keeps three arrays per token of the vocabulary: for Llama 3's, 12 seconds and 600 MB.
-    def _parse(self, cursor: _Cursor, file: str) -> None:
-        import gguf
-
-        if cursor.take(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        version = cursor.number("I")
-        if version not in (2, 3):
-            big = version & 0xFFFF == 0
-            raise UserError(
-                f"{self.label} is a GGUF file {'in big-endian byte order' if big else f'of version {version}'}, which "
-                "cannot be read: convert it with a recent llama.cpp."
-            )
-        count, pairs = cursor.number("Q"), cursor.number("Q")
-        for _ in range(pairs):
-            key = cursor.string()
-            kind = cursor.number("I")
-            listed = kind == _ARRAY and key.startswith("tokenizer.")
-            value = cursor.value(kind, skip=listed)
-            if key == "tokenizer.ggml.tokens":
-                self.fields["tokens"] = value
-            elif not listed and self.fields.setdefault(key, value) is not value:
-                raise ValueError(f"{key!r} stands in it twice")
-        for _ in range(count):
-            name = cursor.string()
-            shape = tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1]
-            kind, begin = cursor.number("I"), cursor.number("Q")
-            try:
-                kind = gguf.GGMLQuantizationType(kind)
-            except ValueError as error:
-                raise UserError(
-                    f"{self.label}: {name!r} has the unknown type {kind}; update the package gguf."
-                ) from error
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            if (shape[-1] if shape else 1) % block:
-                raise ValueError(f"{name!r} of shape {shape} is not made of {kind.name} blocks of {block}")
-            if name in self._homes:
-                raise ValueError(f"{name!r} stands in it twice")
-            self._homes[name] = _Home(file, name, kind.name, shape)
-            self._stored[name] = _Stored(kind, begin, math.prod(shape) // block * size)
-        align = self.fields.get("general.alignment", 32)
-        if not isinstance(align, int) or align <= 0 or align & (align - 1):
-            raise ValueError(f"general.alignment is {align!r}")
-        data = end = cursor.at + -cursor.at % align
-        for name, stored in sorted(self._stored.items(), key=lambda item: (item[1].begin, item[1].bytes)):
-            stored.begin += data
-            if stored.begin != end + -end % align:
-                raise ValueError(f"{name!r} begins at byte {stored.begin}, and the data before it end at {end}")
-            end = stored.begin + stored.bytes
-            if end > cursor.size:
-                raise ValueError(f"{name!r} ends at byte {end}, and the file at {cursor.size}")
-        self._size = cursor.size
-
-    def dtype(self, name: str) -> torch.dtype:
-        import gguf
-        import numpy as np
-
-        kind = self._stored[name].kind
-        if kind.name in _PLAIN:
-            return _PLAIN[kind.name]
-        try:
-            gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-        except NotImplementedError as error:
-            raise UserError(
-                f"{self.where(name)} is of type {kind.name}, which the package gguf cannot dequantise: convert the "
-                "file to another type, such as Q8_0, with llama.cpp."
-            ) from error
-        return torch.float32
-
-    def _read(self, name: str, begin: int, end: int) -> Tensor:
-        import gguf
-        import numpy as np
-
-        home, stored = self._homes[name], self._stored[name]
-        plain = _PLAIN.get(stored.kind.name)
-        if plain is None and len(home.shape) == 1 and end - begin < home.shape[0]:
-            return self._read(name, 0, home.shape[0])[begin:end].clone()  # its rows are parts of blocks
-        shape = (end - begin, *home.shape[1:]) if home.shape else ()
-        rows = home.shape[0] if home.shape and home.shape[0] else 1
-        first, count = (stored.bytes * n // rows for n in (begin, end - begin))
-        path = self._local(home.file)
-        # Read, not mapped, so that nothing of it stays in memory.
-        raw = np.fromfile(path, np.uint8, count, offset=stored.begin + first)
-        if len(raw) != count or path.stat().st_size != self._size:
-            raise self._changed(name)
-        self.bytes_read += len(raw)
-        if not math.prod(shape):
-            return torch.empty(shape, dtype=plain or torch.float32)
-        if plain is not None:
-            return torch.from_numpy(raw).view(plain).reshape(shape)
-        values = gguf.quants.dequantize(raw.reshape(*shape[:-1], -1), stored.kind)
-        return torch.from_numpy(values).reshape(shape)
-
-
-_PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_STRING, _ARRAY = 8, 9
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-
-
-@dataclass
-class _Stored:
-    """A tensor of a GGUF file: its type (gguf.GGMLQuantizationType) and its bytes from the start of the file."""
-
-    kind: Any
-    begin: int
-    bytes: int
-
-
-class _Cursor:
-    """The values at the front of a GGUF file, one after the other, read in large blocks and never beyond its end."""
-
-    LIMIT = 256 << 20  # what a damaged length may make it read
-
-    def __init__(self, stream: BinaryIO, size: int) -> None:
-        self.stream, self.size, self.at = stream, size, 0
-        self._data = bytearray()
-
-    def take(self, count: int) -> bytearray:
-        self.skip(count)
-        return self._data[self.at - count : self.at]
-
-    def skip(self, count: int) -> None:
-        end = self.at + count
-        if end > min(self.size, self.LIMIT):
-            raise ValueError(f"its header runs to byte {end} or beyond, and the file has {self.size}")
-        while len(self._data) < end:
-            block = self.stream.read(max(4 << 20, end - len(self._data)))
-            if not block:
-                raise ValueError("it ends inside its header")
-            self._data += block
-        self.at = end
-
-    def number(self, kind: str) -> Any:
-        begin = self.at
-        self.skip(struct.calcsize(f"<{kind}"))
-        return struct.unpack_from(f"<{kind}", self._data, begin)[0]
-
-    def string(self) -> str:
-        return self.take(self.number("Q")).decode()
-
-    def value(self, kind: int, skip: bool = False) -> Any:
-        """A value of metadata; of a list that is skipped, its length."""
-        if kind == _STRING:
-            return self.string()
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
-        if kind != _ARRAY:
-            raise ValueError(f"a field has the unknown type {kind}")
-        inner, count = self.number("I"), self.number("Q")
-        if inner in _NUMBERS:
-            data = self.take(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
-            return count if skip else list(struct.unpack(f"<{count}{_NUMBERS[inner]}", data))
-        if not skip:
-            return [self.value(inner) for _ in range(count)]
-        if inner == _STRING:
-            for _ in range(count):
-                self.skip(self.number("Q"))
-        else:
-            raise ValueError(f"a list of the tokenizer has the type {inner}")
-        return count
 
 
 class ModelParallelReader(Reader):

