@@ -16,6 +16,10 @@ class UserError(ValueError):
     """Something the user gave is wrong. The message is one sentence: what is wrong, where, and what to do."""
 
 
+class ProofError(RuntimeError):
+    """What was made did not pass its own proof. Nothing was put in its place."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known names as a list for an error message, those most like ``name`` first."""
     known = list(known)
@@ -105,7 +109,7 @@ def flag_names(schema: type) -> list[str]:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Wraps a command's ``main``: a UserError becomes one line on stderr and exit code 2."""
+    """Wraps a command's ``main``: a UserError becomes one line on stderr and exit code 2, a ProofError exit code 1."""
 
     def wrapped() -> None:
         try:
@@ -113,6 +117,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
+        except ProofError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

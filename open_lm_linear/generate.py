@@ -331,6 +331,10 @@ class Args:
     """Of the draws, where the temperature is above 0."""
     chat: bool = False
     """Put the prompt into the tokenizer's chat template as a user's message."""
+    model: str = ""
+    """Architecture of weights that do not say their own (an OpenLM .pt): a known name or a .json path."""
+    tokenizer: str = ""
+    """Where the tokenizer lies, if not with the checkpoint."""
     attn_name: str | None = None
     """Another attention than the checkpoint's: swaps it, its new parameters untrained."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -370,10 +374,10 @@ def run(args: Args) -> None:
 
     device = resolve_device(args.device)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    tokenizer = pretrained.load_tokenizer(args.checkpoint)
+    tokenizer = pretrained.load_tokenizer(args.tokenizer or args.checkpoint)
     ids = encode(tokenizer, text, chat=args.chat).to(device)
     model = pretrained.load_pretrained(
-        args.checkpoint, attn_name=args.attn_name, dtype=getattr(torch, dtype), device=device
+        args.checkpoint, attn_name=args.attn_name, model=args.model, dtype=getattr(torch, dtype), device=device
     ).eval()
     stats = Stats()
     tokens = stream(

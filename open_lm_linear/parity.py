@@ -21,7 +21,7 @@ from torch import nn
 
 from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig
-from open_lm_linear.cli import UserError
+from open_lm_linear.cli import ProofError, UserError
 from open_lm_linear.model import Transformer, swap
 from open_lm_linear.pretrained.families import FAMILIES, to_hugging_face
 from open_lm_linear.pretrained.gguf_files import GGUFReader
@@ -36,7 +36,7 @@ LIMIT = 1e-4  # of ||ours - theirs|| / ||theirs||, in float32
 SPARE = 2 << 30  # bytes of memory that are left to others when the depth is chosen
 
 
-class ParityError(RuntimeError):
+class ParityError(ProofError):
     """Our model and transformers' differ; the message names the first layer and tensor that depart."""
 
 

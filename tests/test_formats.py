@@ -55,6 +55,29 @@ def test_a_pt_file_of_openlm_gives_the_recorded_logits(name: str, prefix: str, t
         assert relative(model(io["input_ids"])[0], io["logits"]) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["linear_decay_qknorm", "softmax_gqa_mistral"])
+def test_a_file_of_its_trainer_gives_the_recorded_logits(name: str) -> None:
+    _, state, io = golden(name)
+    file = GOLDEN / "openlm" / f"{name}.pt"
+    model = oll.load_pretrained(file, model=str(GOLDEN / name / "config.json"))
+    with torch.no_grad():
+        assert relative(model(io["input_ids"])[0], io["logits"]) < 1e-5
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["linear_gqa_mistral", "linear_gqa_mistral_sharded"])
+def test_a_folder_of_its_classes_generates_the_recorded_tokens(name: str) -> None:
+    from open_lm_linear.generate import generate
+
+    _, _, io = golden("linear_gqa_mistral")
+    model = oll.load_pretrained(GOLDEN / "openlm" / name)
+    with torch.no_grad():
+        assert relative(model(io["input_ids"])[0], io["logits"]) < 1e-5
+    expected = json.loads((GOLDEN / "openlm" / name / "expected.json").read_text())
+    out = generate(model, torch.tensor([expected["prompt"]]), max_new_tokens=16)
+    assert out[0, len(expected["prompt"]) :].tolist() == expected["greedy_16"]
+
+
 def test_bare_weights_in_pt_and_safetensors(tmp_path: Path) -> None:
     _, state, io = golden("linear_gqa_mistral")
     config = str(GOLDEN / "linear_gqa_mistral" / "config.json")

@@ -23,7 +23,7 @@ import tyro
 from transformers import GenerationConfig
 
 import open_lm_linear
-from open_lm_linear.cli import UserError, command, parse
+from open_lm_linear.cli import ProofError, UserError, command, parse
 from open_lm_linear.hf.bundle import bundle
 from open_lm_linear.hf.modeling import OpenLMLinearConfig, OpenLMLinearForCausalLM
 from open_lm_linear.model import Transformer
@@ -55,7 +55,7 @@ with torch.no_grad():
 """
 
 
-class ExportError(RuntimeError):
+class ExportError(ProofError):
     """The folder that was written does not load, or is not the model. Nothing was put in its place."""
 
 
@@ -293,6 +293,10 @@ class ExportArgs:
     """Of the weights."""
     overwrite: bool = False
     """Replace an export that is in the folder."""
+    model: str = ""
+    """Architecture of weights that do not say their own (an OpenLM .pt): a known name or a .json path."""
+    tokenizer: str = ""
+    """Where the tokenizer lies, if not with the source."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -303,9 +307,9 @@ def main(argv: list[str] | None = None) -> None:
     _check_folder(args.folder.resolve(), args.overwrite)  # before minutes of loading
     base_model, tokens = _history(args.source)
     exported = export_hf(
-        load_pretrained(args.source),
+        load_pretrained(args.source, model=args.model),
         args.folder,
-        tokenizer=load_tokenizer(args.source),
+        tokenizer=load_tokenizer(args.tokenizer or args.source),
         dtype=getattr(torch, args.dtype),
         base_model=base_model,
         tokens_trained=tokens,
@@ -340,14 +344,5 @@ def _find(values: Any, key: str) -> str | None:
     return next((found for value in values.values() if (found := _find(value, key))), None)
 
 
-def entry() -> None:
-    """The command: an export that fails its proof ends in one line and exit code 1."""
-    try:
-        command(main)()
-    except ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    entry()
+    command(main)()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from open_lm_linear.cli import UserError
+from open_lm_linear.cli import ProofError, UserError
 from open_lm_linear.metrics import human_bytes
 from open_lm_linear.model import Transformer, swap
 from open_lm_linear.pretrained.families import to_hugging_face
@@ -152,7 +152,7 @@ def convert(job: Job, folder: str | Path, *, overwrite: bool = False, max_shard_
 
     Raises:
         UserError: a folder in use, too little room, or a source that turns out damaged.
-        RuntimeError: what lies on the disk is not what was written.
+        ProofError: what lies on the disk is not what was written.
     """
     folder = Path(folder).resolve()
     check_folder(folder, overwrite)
@@ -244,7 +244,7 @@ def _read_back(folder: Path, checksums: Mapping[str, str]) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         found |= tensor_checksums(path)
     if odd := sorted(name for name in {*found, *checksums} if found.get(name) != checksums.get(name)):
-        raise RuntimeError(f"{odd[0]!r} does not read back from the disk as it was written; nothing was put in place.")
+        raise ProofError(f"{odd[0]!r} does not read back from the disk as it was written; nothing was put in place.")
 
 
 def _write_records(job: Job, folder: Path, shards: dict[str, list[Item]], checksums: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from open_lm_linear.model import Transformer, read_config, swap
 from open_lm_linear.parallel import put, put_rows
 from open_lm_linear.pretrained.matching import Match, Recipe, match, require_equal
 from open_lm_linear.pretrained.presets import cache_folder
-from open_lm_linear.pretrained.sources import Source, open_source
+from open_lm_linear.pretrained.sources import TORCH_SUFFIXES, Source, open_source
 
 Tensor = torch.Tensor
 
@@ -190,7 +190,8 @@ def tokenizer_source(source: str | Path) -> tuple[str, dict[str, Any]]:
     for folder in (path, path.parent.parent):  # a run folder, or a checkpoint inside one
         if (folder / "tokenizer_config.json").exists():
             return str(folder), {}
-    found = open_source(str(source)).tokenizer()
+    weights_alone = path.is_file() and path.suffix in TORCH_SUFFIXES
+    found = None if weights_alone else open_source(str(source)).tokenizer()
     if found is None:
         raise UserError(f"{source} holds no tokenizer: give the run folder, or --tokenizer.")
     return found
