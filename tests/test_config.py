@@ -77,7 +77,6 @@ def test_ways_to_write_a_flag(words: list[str]) -> None:
         ([*BASE, "--report-to", "mlflow"], "--report-to 'mlflow' is not one of tensorboard, wandb"),
         ([*BASE, "--config", "nowhere.yaml"], "the config file nowhere.yaml does not exist"),
         (["--dataset-type", "synthetic"], "no model: give --pretrained or --model"),
-        ([*BASE, "--pretrained", "smollm2"], "give one of them"),
         (["--attn-name", "linear", "--pretrained", "mistral"], "no training data: give --train-data; the shortest"),
     ],
 )

@@ -26,6 +26,7 @@ from open_lm_linear.pretrained.llama_cpp import keys_from_gguf
 from open_lm_linear.pretrained.meta import KEYS as META_KEYS
 
 GOLDEN = Path(__file__).parent / "golden"
+OPENLM = Path(__file__).parent / "openlm"  # as its trainer and its Hugging Face classes write them
 
 
 # ---- OpenLM and linear_open_lm -------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def test_a_pt_file_of_openlm_gives_the_recorded_logits(name: str, prefix: str, t
 @pytest.mark.parametrize("name", ["linear_decay_qknorm", "softmax_gqa_mistral"])
 def test_a_file_of_its_trainer_gives_the_recorded_logits(name: str) -> None:
     _, state, io = golden(name)
-    file = GOLDEN / "openlm" / f"{name}.pt"
+    file = OPENLM / f"{name}.pt"
     model = oll.load_pretrained(file, model=str(GOLDEN / name / "config.json"))
     with torch.no_grad():
         assert relative(model(io["input_ids"])[0], io["logits"]) < 1e-5
@@ -70,10 +71,10 @@ def test_a_folder_of_its_classes_generates_the_recorded_tokens(name: str) -> Non
     from open_lm_linear.generate import generate
 
     _, _, io = golden("linear_gqa_mistral")
-    model = oll.load_pretrained(GOLDEN / "openlm" / name)
+    model = oll.load_pretrained(OPENLM / name)
     with torch.no_grad():
         assert relative(model(io["input_ids"])[0], io["logits"]) < 1e-5
-    expected = json.loads((GOLDEN / "openlm" / name / "expected.json").read_text())
+    expected = json.loads((OPENLM / name / "expected.json").read_text())
     out = generate(model, torch.tensor([expected["prompt"]]), max_new_tokens=16)
     assert out[0, len(expected["prompt"]) :].tolist() == expected["greedy_16"]
 

@@ -374,7 +374,7 @@ def test_the_command_writes_casts_and_reports(
 ) -> None:
     import open_lm_linear.pretrained as pretrained
 
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda source: build(ARCHITECTURES["linear"]))
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda source, **_: build(ARCHITECTURES["linear"]))
     monkeypatch.setattr(pretrained, "load_tokenizer", lambda source: make_tokenizer())
     run = tmp_path / "step"
     run.mkdir()
