@@ -8,10 +8,13 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.9"],
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
-    "remote": ["s3fs", "gcsfs"],
+    "remote": ["s3fs", "gcsfs", "aiohttp"],
     "report": ["matplotlib>=3.7"],
-    # accelerate and webdataset: what the tests compare our GGUF reader and our shards with.
-    "dev": ["pytest>=8", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7", "accelerate", "webdataset"],
+    # accelerate and webdataset: what the tests compare our GGUF reader and our shards with; aiohttp: URLs.
+    "dev": [
+        *("pytest>=8", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7"),
+        *("accelerate", "webdataset", "aiohttp"),
+    ],
 }
 
 setup(

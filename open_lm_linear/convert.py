@@ -79,6 +79,7 @@ GROUPS = (
 def plan_text(job: Job) -> str:
     """What a conversion will do, for people: the architecture, every group of parameters, the swap's changes, sizes."""
     from open_lm_linear.pretrained.loading import describe
+    from open_lm_linear.pretrained.matching import changes_of
 
     source, config = job.source, job.model.config
     lines = [
@@ -88,7 +89,7 @@ def plan_text(job: Job) -> str:
         "",
         *_table(job),
         "",
-        *(f"change: {change}" for change in changes_of(source.config, config, source.layout)),
+        *(f"change: {change}" for change in changes_of(source, config)),
         *(f"note: {note}" for note in source.notes),
         f"to write: {human_bytes(job.nbytes)}",
         f"memory: converting takes about {human_bytes(_peak(job))} beyond the interpreter's; "
@@ -143,28 +144,6 @@ def _table(job: Job) -> list[str]:
     for (label, state), (tensors, count, nbytes) in rows.items():
         lines.append(f"{label:<22} {state:<8} {tensors:>7} {count:>15,} {human_bytes(nbytes):>12}")
     return lines
-
-
-def changes_of(before: ModelConfig, after: ModelConfig, layout: str) -> list[str]:
-    """What a swap or the flags change in the computation, in words."""
-    from open_lm_linear import attention
-
-    out = []
-    old, new = attention.canonical(before.attn_name), attention.canonical(after.attn_name)
-    if old != new:
-        out.append(f"attention {old} -> {new}")
-        if before.sliding_window and not after.sliding_window:
-            out.append(f"the sliding window of {before.sliding_window} tokens is dropped: the state has no window")
-        if before.attn_logit_softcap and not after.attn_logit_softcap:
-            out.append("the cap of the attention's logits is dropped: there are none")
-        if before.rotary_scaling or before.rotary_scale != 1:
-            out.append("the rotary scaling is kept")
-    for name in ("rotary_scaling", "rotary_scale", "rotary_base_frequency", "seq_len"):
-        if getattr(before, name) != getattr(after, name):
-            out.append(f"{name} {getattr(before, name)} -> {getattr(after, name)}")
-    if {layout, after.positional_embedding_type} == {"rotary", "llama_rotary"}:
-        out.append(f"rows of queries and keys reordered, {layout} -> {after.positional_embedding_type}")
-    return out
 
 
 def _peak(job: Job) -> int:

@@ -180,7 +180,7 @@ class Plan:
             steps_per_epoch=per_epoch,
             tokens_per_step=batch * seq_len,
             state_bytes=width * (sum(sizes.values()) + 3 * trained) // shards,
-            notes=tuple(source.notes) if source else (),
+            notes=(*pretrained.changes_of(source, model.config), *source.notes) if source else (),
         )
 
     def text(self) -> str:

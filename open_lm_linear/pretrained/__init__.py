@@ -10,7 +10,7 @@ from open_lm_linear.pretrained.loading import (
     load_tokenizer,
     load_weights,
 )
-from open_lm_linear.pretrained.matching import is_swap, match
+from open_lm_linear.pretrained.matching import changes_of, is_swap, match
 from open_lm_linear.pretrained.presets import PRESETS, Preset
 from open_lm_linear.pretrained.sources import Source, open_source
 
@@ -19,6 +19,7 @@ __all__ = [
     "Preset",
     "Source",
     "build_model",
+    "changes_of",
     "describe",
     "initialise",
     "is_swap",

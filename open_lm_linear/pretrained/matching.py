@@ -220,3 +220,23 @@ def in_layout(config: ModelConfig, layout: str) -> ModelConfig:
     """``config`` in another rotary layout: the same function, with other rows of queries and keys."""
     turnable = config.positional_embedding_type in ("rotary", "llama_rotary")
     return dataclasses.replace(config, positional_embedding_type=layout) if turnable else config
+
+
+def changes_of(source: Source, after: ModelConfig) -> list[str]:
+    """What a swap or other flags change in the checkpoint's computation, in words."""
+    out, before = [], source.config
+    old, new = attention.canonical(before.attn_name), attention.canonical(after.attn_name)
+    if old != new:
+        out.append(f"attention {old} -> {new}")
+        if before.sliding_window and not after.sliding_window:
+            out.append(f"the sliding window of {before.sliding_window} tokens is dropped: the state has no window")
+        if before.attn_logit_softcap and not after.attn_logit_softcap:
+            out.append("the cap of the attention's logits is dropped: there are none")
+        if before.rotary_scaling or before.rotary_scale != 1:
+            out.append("the rotary scaling is kept")
+    for name in ("rotary_scaling", "rotary_scale", "rotary_base_frequency", "seq_len"):
+        if getattr(before, name) != getattr(after, name):
+            out.append(f"{name} {getattr(before, name)} -> {getattr(after, name)}")
+    if {source.layout, after.positional_embedding_type} == {"rotary", "llama_rotary"}:
+        out.append(f"rows of queries and keys reordered, {source.layout} -> {after.positional_embedding_type}")
+    return out

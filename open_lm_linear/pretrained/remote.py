@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -10,7 +11,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,13 +80,19 @@ class RemotePlace(Place):
 
     def local(self, name: str) -> Path:
         self.size(name)
-        fs, path = self._at(name)
         size, mark = self._info(name)
         folder = cache_folder() / "remote" / hashlib.sha256(self._folder.encode()).hexdigest()[:16]
         target, record = folder / name, folder / f".{name}.json"
         wanted = {"size": size, "mark": mark}
         if _is_kept(target, record, wanted):
             return target
+        with _alone(folder / f".{name}.lock"):  # of several ranks one fetches, and the others find what it brought
+            return target if _is_kept(target, record, wanted) else self._fetch(name, target, record, wanted)
+
+    def _fetch(self, name: str, target: Path, record: Path, wanted: dict[str, Any]) -> Path:
+        """Brings the file whole under its name in the cache, or nothing."""
+        fs, path = self._at(name)
+        size, folder = wanted["size"], target.parent
         part = folder / f".{name}.{uuid.uuid4().hex}.part"  # its own for every process, on every machine
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -421,6 +428,23 @@ class _Ranged(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock against the other processes of this machine, where the file system has locks."""
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except (ImportError, OSError):
+        yield
+        return
+    with file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _is_kept(target: Path, record: Path, wanted: dict[str, Any]) -> bool:
