@@ -147,7 +147,7 @@ def _table(job: Job) -> list[str]:
 
 
 def _peak(job: Job) -> int:
-    """Bytes that converting takes: blocks of rows on the way, and a new part of the model as it is drawn."""
+    """Bytes that converting takes, about: blocks of rows on the way, and a new part of the model as it is drawn."""
     from open_lm_linear.pretrained.matching import BLOCK_BYTES
 
     parts: dict[str, int] = {}
@@ -156,7 +156,7 @@ def _peak(job: Job) -> int:
         part = next((p for p in fresh if name.startswith(p + ".")), None)
         if part is not None:
             parts[part] = parts.get(part, 0) + 4 * param.numel()
-    return 4 * BLOCK_BYTES + max(parts.values(), default=0)
+    return 6 * BLOCK_BYTES + 3 * max(parts.values(), default=0)  # torch draws with temporaries
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

@@ -215,6 +215,26 @@ def test_parity_holds_whole_and_at_reduced_depth(kind: str, tmp_path: Path) -> N
         assert "parity: " in text and mark in text and "30 made-up tokens" in text
 
 
+def test_parity_takes_the_depth_that_the_memory_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import psutil
+
+    random_model(tmp_path, "llama")
+    source = open_source(str(tmp_path))
+    model = oll.load_pretrained(tmp_path)
+    block = sum(p.numel() for p in model.layers[0].parameters())
+    ends = sum(p.numel() for p in model.parameters()) - 3 * block
+    for depth in (2, 1):
+        free = parity.SPARE + 8 * (ends + depth * block) + 8 * block // 2
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: type("Memory", (), {"available": free}))
+        assert f"(the first {depth} of 3 layers)" in parity.verify(source, tokens=20)
+        assert f"comparing its first {depth} layers" in capsys.readouterr().out
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": parity.SPARE}))
+    with pytest.raises(UserError, match="two copies of one layer take more than"):
+        parity.verify(source, tokens=20)
+
+
 def test_parity_of_other_formats_goes_through_our_table(tmp_path: Path) -> None:
     random_model(tmp_path / "m", "qwen3", head_dim=10)
     convert(prepare(open_source(str(tmp_path / "m")), positional_embedding_type="llama_rotary"), tmp_path / "c")
