@@ -151,7 +151,7 @@ def test_a_linear_checkpoint_goes_on_as_a_linear_model(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "a")).config.attn_options["use_decay"] is True
     with pytest.raises(UserError, match=r"_totrain_embed.* has shape .* in the checkpoint, .* in the model"):
         oll.load_pretrained(tmp_path / "a", feature_map="per_head")
-    with pytest.raises(UserError, match="has no place in this model"):
+    with pytest.raises(UserError, match="without a place in this model: .*_totrain_embed"):
         oll.load_pretrained(tmp_path / "a", attn_name="softmax")
     with pytest.raises(UserError, match="its features were trained in the layout rotary"):
         oll.load_pretrained(tmp_path / "a", positional_embedding_type="llama_rotary")
@@ -384,9 +384,15 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (Q, "has shape (20, 36)"),
     ),
     "transposed": (resave(lambda s: s.update({Q: torch.zeros(30, 2, 36)})), (Q, "has shape (30, 2, 36)")),
-    "a key missing": (resave(lambda s: s.pop(Q)), (Q, "is missing from the checkpoint")),
-    "a key too many": (resave(lambda s: s.update({"model.extra": torch.ones(2)})), ("'model.extra'", "no place")),
-    "a key renamed": (resave(lambda s: s.update({"layers.1.q": s.pop(Q)})), (Q, "is missing")),
+    "a key missing": (resave(lambda s: s.pop(Q)), (f"missing from the checkpoint: {Q!r}.",)),
+    "a key too many": (
+        resave(lambda s: s.update({"model.extra": torch.ones(2)})),
+        ("without a place in this model: 'model.extra'.",),
+    ),
+    "a key renamed": (
+        resave(lambda s: s.update({"layers.1.q": s.pop(Q)})),
+        (f"missing from the checkpoint: {Q!r}; in the checkpoint and without a place in this model: 'layers.1.q'.",),
+    ),
     "integers": (resave(lambda s: s.update({Q: s[Q].to(torch.int8)})), (Q, "model.safetensors", "int8")),
     "eight-bit floats": (
         resave(lambda s: s.update({Q: s[Q].to(torch.float8_e4m3fn)})),

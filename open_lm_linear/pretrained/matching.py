@@ -19,6 +19,7 @@ from open_lm_linear.pretrained.sources import Source
 Tensor = torch.Tensor
 
 BLOCK_BYTES = 16 << 20  # of one read where a tensor streams
+# What the config says already.
 IMPLIED = (
     "rotary_emb.inv_freq",
     "rope.freqs",
@@ -131,14 +132,17 @@ def match(model: Transformer, source: Source) -> Match:
     turns = _Turns(source, model.config)
     result = Match()
     droppable = {f"layers.{i}.attention.{k}" for i, b in enumerate(model.blocks()) for k in b.attention.dropped_keys()}
+    missing: list[str] = []
+    homeless: list[str] = []
     for ours, theirs in source.keys.items():
         present = [t for t in theirs if t in available]
         if ours not in params and not present:
             continue  # an idle row of the table
         recipe = Recipe(source.reader, theirs, turns.of(ours))
         if ours in params:
-            if absent := [t for t in theirs if t not in available]:
-                raise UserError(f"{source.name}: the tensor {absent[0]!r} is missing from the checkpoint.")
+            if len(present) < len(theirs):
+                missing += [t for t in theirs if t not in available]
+                continue
             _require_shapes(source, recipe, ours, tuple(params[ours].shape), model.config)
             result.kept[ours] = recipe
         elif ours == "output.weight" and model.config.weight_tying:
@@ -146,18 +150,26 @@ def match(model: Transformer, source: Source) -> Match:
         elif swapped and ours in droppable:
             result.dropped[ours] = recipe
         else:
-            raise UserError(f"{source.name}: the checkpoint's {present[0]!r} has no place in this model ({ours!r}).")
+            homeless += present
     for main, other in source.doubled:
         result.tied[other] = (Recipe(source.reader, (other,)), Recipe(source.reader, (main,)))
     used = {t for theirs in source.keys.values() for t in theirs} | {other for _, other in source.doubled}
-    for name in sorted(available - used):
-        if not name.endswith(IMPLIED):  # what the config says already
-            raise UserError(f"{source.name}: the checkpoint's {name!r} has no place in this model.")
+    homeless += [name for name in sorted(available - used) if not name.endswith(IMPLIED)]
     result.new = sorted(set(params) - set(result.kept))
     declared = model.new_keys() if swapped else set()
-    if undeclared := sorted(set(result.new) ^ declared):
-        raise UserError(f"{source.name}: {undeclared[0]!r} is not in the checkpoint, and nothing declares it new.")
+    missing += sorted(name for name in set(result.new) ^ declared if name not in source.keys)
+    if missing or homeless:
+        raise UserError(f"{source.name}: {_misfits(missing, homeless)}.")
     return result
+
+
+def _misfits(missing: list[str], homeless: list[str]) -> str:
+    def listed(names: list[str]) -> str:
+        return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+    parts = [f"missing from the checkpoint: {listed(missing)}"] if missing else []
+    parts += [f"in the checkpoint and without a place in this model: {listed(homeless)}"] if homeless else []
+    return "; ".join(parts)
 
 
 def part_rows(config: ModelConfig, key: str, parts: int, rows: int) -> list[int]:
