@@ -54,6 +54,8 @@ class RunConfig:
     fit_tokens: int = 0
     """Before the first step, fit the swapped layers' output projections to the teacher's attention output, in closed
     form, on this many tokens of training data. 0: not, as in the paper."""
+    first_sample: int = 0
+    """Begin with this sample of the data's order; a later stage begins where the one before ended."""
     val_frequency: int = 1
     """Validate every this many epochs; the start and the end are always validated."""
     log_every_n_steps: int = 100
@@ -107,10 +109,44 @@ def from_cli(argv: Sequence[str] | None = None) -> Config:
     Raises:
         UserError: an unknown flag, key, file or attention, a value of the wrong kind, or a run without model or data.
     """
+    found = stages_from_cli(argv)
+    if len(found) > 1:
+        raise UserError("the config file has several stages: start it with `python -m open_lm_linear.main`.")
+    return found[0]
+
+
+def stages_from_cli(argv: Sequence[str] | None = None) -> list[Config]:
+    """The configurations of a run's stages, of which there is one unless the file has a list ``stages``.
+
+    An item of that list holds flags, which beat the file's others, and may have a ``stage_name``. Each stage is a run of
+    its own in a folder inside the run's; all but the first begin with the weights that the one before left behind.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--"]:  # torchrun takes --logs for an abbreviation of its own; `-m ... -- --logs X` gets it past
         argv = argv[1:]
-    file = _read_file(path) if (path := cli.peek(argv, "config")) else {}
+    path = cli.peek(argv, "config")
+    file = _read_file(path) if path else {}
+    stages = file.pop("stages", None)
+    if stages is None:
+        return [_from_values(argv, file)]
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError(f"the config file {path}: stages must be a list of mappings of flags to values.")
+    found: list[Config] = []
+    for number, stage in enumerate(stages):
+        values = {str(k).replace("-", "_"): v for k, v in stage.items()}
+        label = str(values.pop("stage_name", number))
+        cfg = _from_values(argv, {**file, **values})
+        run = dataclasses.replace(cfg.run, logs=str(cfg.folder), name=f"stage_{number}_{label}")
+        model = cfg.model
+        if found:  # what the first stage swapped in stays
+            model = dataclasses.replace(model, pretrained=str(found[-1].folder), model="", attn={})
+            run = dataclasses.replace(run, fit_tokens=0)
+        found.append(dataclasses.replace(cfg, run=run, model=model))
+    return found
+
+
+def _from_values(argv: Sequence[str], file: Mapping[str, Any]) -> Config:
+    """The configuration of flags over a file's values over the preset's recipe."""
     pretrained = cli.peek(argv, "pretrained") or file.get("pretrained")
     values = {**_recipe(pretrained), **file}
     attn_name = cli.peek(argv, "attn_name") or values.get("attn_name")
@@ -142,8 +178,9 @@ def check(cfg: Config) -> None:
     for name in ("epochs", "global_batch_size", "accum_freq", "log_every_n_steps", "val_frequency"):
         if getattr(cfg.run, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg.run, name)}.")
-    if cfg.run.fit_tokens < 0:
-        raise UserError(f"--fit-tokens must be 0 or more, not {cfg.run.fit_tokens}.")
+    for name in ("fit_tokens", "first_sample"):
+        if getattr(cfg.run, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(cfg.run, name)}.")
     check_reports(cfg.run.report_to)
 
 

@@ -1,4 +1,4 @@
-"""`torchrun -m open_lm_linear.main`: train(from_cli()), nothing else."""
+"""`torchrun -m open_lm_linear.main`: trains the stages that the command line asks for, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import os
 import sys
 
 from open_lm_linear.cli import command
-from open_lm_linear.config import from_cli
+from open_lm_linear.config import stages_from_cli
 
 
 @command
 def main() -> None:
-    cfg = from_cli()
-    from open_lm_linear.train import train
+    stages = stages_from_cli()
+    from open_lm_linear.train import train, train_stages
 
-    train(cfg)
+    if len(stages) == 1:
+        train(stages[0])
+    else:
+        train_stages(stages)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # All is written and the ranks have parted. Python's own way out would tear down gloo's threads in any order,
         # which now and then aborts a rank (seen with torch 2.13) and makes torchrun call a finished run failed.

