@@ -118,8 +118,8 @@ def from_cli(argv: Sequence[str] | None = None) -> Config:
 def stages_from_cli(argv: Sequence[str] | None = None) -> list[Config]:
     """The configurations of a run's stages, of which there is one unless the file has a list ``stages``.
 
-    An item of that list holds flags, which beat the file's others, and may have a ``stage_name``. Each stage is a run of
-    its own in a folder inside the run's; all but the first begin with the weights that the one before left behind.
+    An item of that list holds flags, which beat the file's others, and may have a ``stage_name``. Each stage is a run
+    of its own in a folder inside the run's; all but the first begin with the weights that the one before left behind.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--"]:  # torchrun takes --logs for an abbreviation of its own; `-m ... -- --logs X` gets it past

@@ -55,7 +55,7 @@ def fit_output_projections(
 def _embed(model: Transformer, ids: Tensor, ctx: Context) -> Tensor:
     """The residual stream (B, T, hidden_dim) before the first block."""
     with unsharded(model), ctx.autocast():
-        x = model.embed(ids)
+        x = model.tok_embeddings(ids)
         return x if model.post_embed_norm is None else model.post_embed_norm(x)
 
 

@@ -80,6 +80,18 @@ class GELU(nn.Sequential, FeedForward):
         super().__init__(nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
 
 
+class Embedding(nn.Embedding):
+    """Token embeddings (B, T, hidden_dim), times ``scale`` where there is one, rounded to their dtype as Gemma's is."""
+
+    def __init__(self, tokens: int, dim: int, scale: float | None = None) -> None:
+        super().__init__(tokens, dim)
+        self.scale = scale
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = super().forward(input_ids)
+        return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+
+
 def build_feed_forward(config: ModelConfig, layer: int) -> FeedForward:
     """The feed-forward part that OpenLM calls ``ffn_type``."""
     dims = config.hidden_dim, config.ffn_dim
@@ -158,7 +170,7 @@ class Transformer(nn.Module):
         self.config = attention.resolve(config.attn_name).complete(config)
         self.grad_checkpointing = False
         dim = config.hidden_dim
-        self.tok_embeddings = nn.Embedding(config.vocab_size, dim)
+        self.tok_embeddings = Embedding(config.vocab_size, dim, config.embedding_scale)
         self.post_embed_norm = build_norm(config.model_norm, dim, config.norm_eps) if config.post_embed_norm else None
         self.layers = nn.ModuleList(Block(self.config, i) for i in range(config.n_layers))
         self.norm = build_norm(config.model_norm, dim, config.norm_eps)
@@ -212,12 +224,6 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings (B, T, hidden_dim), scaled where the architecture says so."""
-        x = self.tok_embeddings(input_ids)
-        scale = self.config.embedding_scale
-        return x if scale is None else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
-
     def hidden(
         self,
         input_ids: Tensor | None,
@@ -229,7 +235,7 @@ class Transformer(nn.Module):
         """The hidden states (B, T, hidden_dim) after the final norm, without logits, and the past."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
+        x = inputs_embeds if inputs_embeds is not None else self.tok_embeddings(input_ids)
         keep = _keep(attention_mask, x.shape[1])
         positions, following = _positions(x, past, keep, first)
         if self.post_embed_norm is not None:

@@ -67,6 +67,12 @@ class RunningMean(Attention):
 
 PLUGIN = f"{__name__}:RunningMean"
 GQA = {"n_heads_kv": 2}
+BIASES = {"qkv_bias": True, "attn_out_bias": True, "ffn_bias": True}
+GEMMA = {
+    **{"model_norm": "gemma_rms_norm", "norm_placement": "both", "ffn_type": "geglu_tanh", "embedding_scale": 5.7},
+    **{"rotary_local_base_frequency": 50.0, "rotary_local_layers": [0], "sliding_window": 6},
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 IDENTITY = {"feature_map": "per_head", "feature_map_init": "identity"}
 
 # name -> (attention, its options, fields of the architecture)
@@ -81,6 +87,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linear-gqa-per-head": ("linear", IDENTITY, GQA),
     "linear-qk-norm": ("linear", {}, {"qk_norm": True, "model_norm": "gain_only_lp_layer_norm"}),
     "linear-gqa-qk-norm": ("linear", {}, {"qk_norm": True, **GQA}),
+    "linear-qk-norm-features": ("linear", {"qk_norm_at": "features"}, {"qk_norm": True}),
+    "linear-gqa-qk-norm-features": ("linear", {"qk_norm_at": "features"}, {"qk_norm": True, **GQA}),
+    "linear-gqa-qk-norm-per-head": ("linear", {}, {"qk_norm": True, "qk_norm_per_head": True, **GQA}),
+    "linear-biases": ("linear", {}, {**BIASES, "partial_rotary_factor": 0.5, "norm_placement": "after", **GQA}),
     "linear-llama-rotary": ("linear", {}, {"positional_embedding_type": "llama_rotary"}),
     "linear-features": ("linear", {"feature_dim": 12, "feature_map_init": "identity"}, {"v_head_dim": 5}),
     "linear-three-heads": ("linear", {}, {"n_heads": 3, "qk_head_dim": 8, "v_head_dim": 8}),
@@ -89,6 +99,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "softmax-gqa-qk-norm": ("softmax", {}, {"qk_norm": True, **GQA}),
     "softmax-llama-rotary": ("softmax", {}, {"positional_embedding_type": "llama_rotary"}),
     "softmax-head-dims": ("softmax", {}, {"qk_head_dim": 6, "v_head_dim": 10, "positional_embedding_type": "none"}),
+    "softmax-window": ("softmax", {}, {"sliding_window": 5}),
+    "softmax-window-gqa": ("softmax", {}, {"sliding_window": 3, "sliding_window_layers": [1], **GQA}),
+    "softmax-caps": (
+        "softmax",
+        {},
+        {"attn_logit_softcap": 0.3, "query_pre_attn_scalar": 5, "logit_softcap": 2.0, **GQA},
+    ),
+    "softmax-caps-window": ("softmax", {}, {"attn_logit_softcap": 0.3, "sliding_window": 4}),
+    "softmax-qk-norm-per-head": ("softmax", {}, {"qk_norm": True, "qk_norm_per_head": True, **GQA}),
+    "softmax-biases": ("softmax", {}, {**BIASES, "partial_rotary_factor": 0.5, "norm_placement": "after"}),
+    "softmax-gemma": ("softmax", {}, {**GEMMA, **GQA}),
+    "softmax-yarn": ("softmax", {}, {"rotary_scaling": YARN, "no_rotary_layers": [1]}),
     "plug-in": (PLUGIN, {"sharpness": 2.0}, {}),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

@@ -60,6 +60,25 @@ def test_no_other_projection_explains_more() -> None:
             weight -= step
 
 
+def test_a_bias_and_norms_behind_the_attention_are_reckoned_with() -> None:
+    fields = {"attn_out_bias": True, "qkv_bias": True, "norm_placement": "both", "embedding_scale": 3.0}
+    teacher = create_model(tiny("softmax", **fields)).eval()
+    with torch.no_grad():
+        for name, param in teacher.named_parameters():
+            if name.endswith("bias"):
+                param.normal_()
+    twin = create_model(teacher.config).eval()
+    twin.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        for block in twin.layers:
+            block.attention.out_proj.weight.zero_()
+    with setup(ParallelConfig(device="cpu", precision="fp32")) as ctx:
+        explained = fit_output_projections(twin, teacher, [torch.randint(61, (24, 32))], ctx, ridge=1e-9)
+    assert min(explained) > 0.9999
+    for ours, theirs in zip(twin.layers, teacher.layers, strict=True):
+        assert relative(ours.attention.out_proj.weight, theirs.attention.out_proj.weight) < 1e-2
+
+
 def test_only_the_output_projections_change_and_softmax_fits_itself() -> None:
     teacher, student = pair()
     before = {k: v.clone() for k, v in student.state_dict().items()}

@@ -32,6 +32,22 @@ ARCHITECTURES = {
     "linear": tiny("linear"),
     "linear_gqa_qk_norm": tiny("linear", n_heads_kv=2, qk_norm=True),
     "softmax_gqa_tied": tiny("softmax", n_heads_kv=2, weight_tying=True),
+    "softmax_of_another_family": tiny(
+        "softmax",
+        n_heads_kv=2,
+        sliding_window=9,
+        sliding_window_layers=[0],
+        rotary_local_layers=[0],
+        rotary_local_base_frequency=77.0,
+        rotary_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        model_norm="gemma_rms_norm",
+        norm_placement="both",
+        ffn_type="geglu_tanh",
+        embedding_scale=5.5,
+        logit_softcap=3.0,
+        attn_logit_softcap=2.0,
+        qkv_bias=True,
+    ),
 }
 PROMPT = [5, 17, 3, 42, 8, 29, 11]
 
@@ -282,7 +298,8 @@ def test_outputs_that_are_asked_for(loaded: Any) -> None:
     assert len(states) == 3 and out.past_key_values is None
     assert torch.equal(states[0], loaded.get_input_embeddings()(ids))
     head = loaded.get_output_embeddings() or loaded.get_input_embeddings()
-    assert relative(states[-1] @ head.weight.T, out.logits) < 1e-6
+    raw, cap = states[-1] @ head.weight.T, loaded.config.logit_softcap
+    assert relative(raw if cap is None else cap * torch.tanh(raw / cap), out.logits) < 1e-6
     assert relative(kept, out.logits[:, -2:]) < 1e-6 and torch.equal(logits, out.logits)
     with pytest.raises(ValueError, match="output_attentions"):
         loaded(ids, output_attentions=True)

@@ -19,9 +19,10 @@ def batch(dtype=torch.float64, ignored=0.3):
     return torch.randn(TOKENS, DIM, dtype=dtype), torch.randn(VOCAB, DIM, dtype=dtype) / 4, targets
 
 
-def by_torch(hidden, weight, targets, z_loss):
+def by_torch(hidden, weight, targets, z_loss, softcap=None):
     """(cross entropy, total) over whole logits; z-loss over the counted tokens only."""
     logits = hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     return entropy, entropy + z_loss * logits.logsumexp(-1)[targets != IGNORE].square().sum()
 
@@ -44,11 +45,25 @@ def test_values_and_gradients(dtype, bound, z_loss, chunk):
         assert relative(ours, theirs) < bound
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_gradcheck(softcap):
     hidden, weight, targets = (x[:6] for x in batch())
     targets = targets.masked_fill(targets != IGNORE, 3)
     leaves = [hidden.requires_grad_(), weight.clone().requires_grad_()]
-    assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets, 0.1, 4)[1], leaves)
+    assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets, 0.1, 4, softcap)[1], leaves)
+
+
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+def test_capped_logits(softcap):
+    hidden, weight, targets = batch()
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    twins = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    exact = by_torch(*leaves, targets, 0.1, softcap)[1]
+    ours = chunked_cross_entropy(*twins, targets, 0.1, 7, softcap)[1]
+    assert relative(ours, exact) < 1e-12
+    for one, other in zip(torch.autograd.grad(ours, twins), torch.autograd.grad(exact, leaves), strict=True):
+        assert relative(one, other) < 1e-12
+    assert relative(by_torch(*leaves, targets, 0.1)[1].detach(), exact.detach()) > 1e-4
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
