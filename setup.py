@@ -8,8 +8,11 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.9"],
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
+    "adamw8bit": ["torchao"],
     "remote": ["s3fs", "gcsfs", "aiohttp"],
     "report": ["matplotlib>=3.7"],
+    "prepare": ["pyarrow", "datasets"],  # parquet files, data sets of the hub
+    "ray": ["ray"],  # prepare --engine ray
     # accelerate and webdataset: what the tests compare our GGUF reader and our shards with; aiohttp: URLs.
     "dev": [
         *("pytest>=8", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7"),

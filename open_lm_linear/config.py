@@ -20,6 +20,7 @@ from open_lm_linear.architecture import ModelSection, shipped
 from open_lm_linear.checkpoint import CheckpointConfig
 from open_lm_linear.cli import UserError, did_you_mean
 from open_lm_linear.data.stream import DataConfig
+from open_lm_linear.gauges import MeasureConfig
 from open_lm_linear.optim import OptimConfig
 from open_lm_linear.parallel import ParallelConfig
 from open_lm_linear.retired import RETIRED
@@ -83,6 +84,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
 
     @property
     def folder(self) -> Path:
@@ -268,7 +270,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
             raise UserError(f"the config key {key!r} must be one of {', '.join(map(str, args))}, not {value!r}.")
         return value
     if origin is tuple:
-        return tuple(str(v) for v in ([value] if isinstance(value, str) else value))
+        return tuple(_coerce(key, v, args[0]) for v in (value if isinstance(value, (list, tuple)) else [value]))
     try:
         if kind is bool and not isinstance(value, bool):
             raise ValueError

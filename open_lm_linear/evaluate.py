@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from open_lm_linear import generate as generation
 from open_lm_linear.cli import UserError, command, parse
+from open_lm_linear.data.stream import DataConfig
 from open_lm_linear.decoding import CONTEXTS, decoding
 from open_lm_linear.parallel import resolve_device
 
@@ -60,19 +61,25 @@ class Perplexity:
 
 
 def perplexity(
-    model: Transformer, batches: Iterable[torch.Tensor], *, autocast: torch.dtype | None = None
+    model: Transformer,
+    batches: Iterable[torch.Tensor],
+    *,
+    autocast: torch.dtype | None = None,
+    data: DataConfig | None = None,
 ) -> Perplexity:
     """Perplexity over ``batches`` (B, T + 1) of ids, each token predicted from those before it in its row.
 
     Args:
         batches: on any device; an id of -100 is not predicted.
         autocast: dtype of the matrix products, such as ``torch.bfloat16``; None computes in the weights' dtype.
+        data: what is masked and where documents begin, as in training; None: nothing, one document a row.
 
     Raises:
         UserError: there is nothing to predict.
     """
     import torch
 
+    from open_lm_linear.data.masks import inputs_and_targets
     from open_lm_linear.ops.losses import IGNORE
 
     device = model.head_weight().device
@@ -84,8 +91,8 @@ def perplexity(
         for batch in batches:
             if not len(batch):
                 continue
-            inputs, targets = batch[:, :-1].to(device).clamp(min=0), batch[:, 1:].to(device)
-            sums += model.loss(inputs, targets, per_sequence=True)[:, 0].tolist()
+            inputs, targets, first = inputs_and_targets(batch.to(device), data or DataConfig())
+            sums += model.loss(inputs, targets, first=first, per_sequence=True)[:, 0].tolist()
             counts += (targets != IGNORE).sum(1).tolist()
     if not sum(counts):
         raise UserError("there are no held-out tokens to measure on: give --val-data a manifest that has some.")
@@ -282,7 +289,7 @@ def _perplexities(load: Mapping[str, Loader], cfg: Config, args: Args) -> dict[s
         batches = validation_batches(
             data, global_batch_size=8, rank=0, world_size=1, seq_len=seq_len, vocab_size=model.config.vocab_size
         )
-        result["models"][name] = dataclasses.asdict(perplexity(model, _shown(batches), autocast=autocast))
+        result["models"][name] = dataclasses.asdict(perplexity(model, _shown(batches), autocast=autocast, data=data))
         del model
         gc.collect()
     return result

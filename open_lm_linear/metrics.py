@@ -170,13 +170,16 @@ class Window:
             "tokens_per_s": self.tokens / elapsed,
             "seconds_per_step": elapsed / self.steps,
             "data_share": self.waited / elapsed,
+            "data_seconds": self.waited,
         }
 
 
 def log_line(row: dict[str, Any], steps: int) -> str:
     """The line of a log step, for people."""
+    share = f" ({row['flops_share']:.0%} of the GPU's bf16 peak)" if "flops_share" in row else ""
     return (
         f"step {row['step']}/{steps} | tokens {row['tokens']:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | "
-        f"grad norm {row['grad_norm']:.2f} | {row['tokens_per_s']:,.0f} tokens/s | data {row['data_share']:.1%} | "
-        f"memory {human_bytes(row['memory_bytes'])} | {human_time(row['seconds_left'])} left"
+        f"grad norm {row['grad_norm']:.2f} | {row['tokens_per_s']:,.0f} tokens/s{share} | "
+        f"data {row['data_share']:.1%} | memory {human_bytes(row['memory_bytes'])} | "
+        f"{human_time(row['seconds_left'])} left"
     )

@@ -19,6 +19,7 @@ from open_lm_linear.attention.base import Attention, State, truncated_normal
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.norms import Norm, build_norm
 from open_lm_linear.ops.losses import chunked_cross_entropy
+from open_lm_linear.ops.recompute import recomputed
 
 Tensor = torch.Tensor
 
@@ -168,7 +169,8 @@ class Transformer(nn.Module):
         super().__init__()
         config = dataclasses.replace(config, attn_name=attention.canonical(config.attn_name))
         self.config = attention.resolve(config.attn_name).complete(config)
-        self.grad_checkpointing = False
+        self.grad_checkpointing: int = 0  # recompute every so many blocks' activations; 0: keep them
+        self.grad_checkpointing_mode = "full"
         dim = config.hidden_dim
         self.tok_embeddings = Embedding(config.vocab_size, dim, config.embedding_scale)
         self.post_embed_norm = build_norm(config.model_norm, dim, config.norm_eps) if config.post_embed_norm else None
@@ -243,10 +245,9 @@ class Transformer(nn.Module):
         states: list[State] = []
         for i, layer in enumerate(self.layers):
             before = None if past is None else past.layers[i]
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x, state = torch.utils.checkpoint.checkpoint(
-                    layer, x, positions, keep, first, before, use_reentrant=False
-                )
+            every = self.grad_checkpointing if self.training and torch.is_grad_enabled() else 0
+            if every and i % every == 0:
+                x, state = recomputed(self.grad_checkpointing_mode, layer, x, positions, keep, first, before)
             else:
                 x, state = layer(x, positions, keep, first, before)
             states.append(state)

@@ -12,7 +12,7 @@ from open_lm_linear.cli import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from open_lm_linear.model import Transformer
 
@@ -27,12 +27,53 @@ class ParallelConfig:
     """amp_bf16: float32 weights, bf16 compute. bf16: bf16 throughout. fp32: float32 throughout."""
     fsdp: bool = False
     """Shard parameters, gradients and optimiser over all ranks; without it every rank holds them all."""
+    fsdp_hybrid: bool = False
+    """With --fsdp: shard within each node (or --fsdp-shard-size ranks) and replicate over those groups."""
+    fsdp_shard_size: int | None = None
+    """Ranks over which --fsdp-hybrid shards. None: the ranks of a node."""
+    fsdp_cpu_offload: bool = False
+    """With --fsdp: keep parameters, gradients and optimiser in the CPU's memory, and update them there."""
     grad_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
+    grad_checkpointing_every: int = 1
+    """Recompute every k-th block only, the first among them."""
+    grad_checkpointing_mode: Literal["full", "selective"] = "full"
+    """selective keeps the products with weight matrices and recomputes what is cheap."""
     torchcompile: bool = False
     """Compile each block."""
     dist_backend: str = ""
     """nccl or gloo. Empty: nccl on GPUs, gloo on CPUs."""
+
+    def check(self, world_size: int) -> None:
+        """Refuses settings that do not go together, or not with this number of ranks."""
+        for name in ("fsdp_hybrid", "fsdp_cpu_offload"):
+            if getattr(self, name) and not self.fsdp:
+                raise UserError(f"--{name.replace('_', '-')} is a way of sharding: give --fsdp too.")
+        if self.fsdp_shard_size is not None and not self.fsdp_hybrid:
+            raise UserError("--fsdp-shard-size says how --fsdp-hybrid shards: give that too.")
+        size = self.shard_size(world_size)
+        if size < 1 or world_size % size:
+            raise UserError(
+                f"--fsdp-hybrid cannot cut {world_size} ranks into groups of {size}: give a --fsdp-shard-size that "
+                "divides them."
+            )
+        if self.grad_checkpointing_every < 1:
+            raise UserError(f"--grad-checkpointing-every must be at least 1, not {self.grad_checkpointing_every}.")
+        if not self.grad_checkpointing and (self.grad_checkpointing_every, self.grad_checkpointing_mode) != (1, "full"):
+            raise UserError(
+                "--grad-checkpointing-every and --grad-checkpointing-mode say how --grad-checkpointing works: "
+                "give that too."
+            )
+
+    def shard_size(self, world_size: int) -> int:
+        """Ranks that hold one copy of the parameters between them."""
+        if not self.fsdp:
+            return 1
+        if not self.fsdp_hybrid:
+            return world_size
+        if self.fsdp_shard_size is not None:
+            return self.fsdp_shard_size
+        return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 @dataclass(frozen=True)
@@ -87,15 +128,29 @@ def setup(cfg: ParallelConfig) -> Iterator[Context]:
     device = resolve_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group(cfg.dist_backend or ("nccl" if device.type == "cuda" else "gloo"))
+    cfg.check(world)
+    grouped = world > 1 or cfg.fsdp_cpu_offload
+    if grouped:
+        _init_process_group(cfg, device, world)
     ctx = Context(rank, world, device, cfg.precision)
     try:
         yield ctx
         ctx.barrier()  # the ranks part together
     finally:
-        if world > 1:
+        if grouped:
             dist.destroy_process_group()
+
+
+def _init_process_group(cfg: ParallelConfig, device: torch.device, world: int) -> None:
+    import torch.distributed as dist
+
+    backend = cfg.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if cfg.fsdp_cpu_offload and device.type == "cuda":
+        backend = f"cpu:gloo,cuda:{backend}"  # norms of gradients are summed where the gradients lie
+    if world > 1:
+        dist.init_process_group(backend)
+    else:  # sharding needs a group even where there is one rank
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -123,35 +178,50 @@ def apply(model: Transformer, cfg: ParallelConfig, ctx: Context) -> Transformer:
     """Activation checkpointing, compilation per block, sharding per block and root, in this order, on a meta model.
 
     On several ranks without ``fsdp`` the same mechanism replicates: a mesh of (ranks, 1) keeps every parameter whole
-    and averages gradients.
+    and averages gradients. A hybrid's mesh is (groups, ranks of a group).
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
-    model.grad_checkpointing = cfg.grad_checkpointing
+    cfg.check(ctx.world_size)
+    model.grad_checkpointing = cfg.grad_checkpointing_every if cfg.grad_checkpointing else 0
+    model.grad_checkpointing_mode = cfg.grad_checkpointing_mode
     if cfg.torchcompile:
         for layer in model.layers:
             layer.compile()
-    if ctx.world_size == 1:
+    if ctx.world_size == 1 and not cfg.fsdp_cpu_offload:
         return model
-    kind = ctx.device.type
-    if cfg.fsdp:
+    kind, size = ctx.device.type, cfg.shard_size(ctx.world_size)
+    if size == ctx.world_size:
         mesh = init_device_mesh(kind, (ctx.world_size,), mesh_dim_names=("shard",))
     else:
-        mesh = init_device_mesh(kind, (ctx.world_size, 1), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(kind, (ctx.world_size // size, size), mesh_dim_names=("replicate", "shard"))
     compute = torch.bfloat16 if ctx.precision.startswith("amp") and kind == "cuda" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cfg.fsdp_cpu_offload else OffloadPolicy()
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
     register_fsdp_forward_method(model, "loss")
     return model
 
 
+def storage(cfg: ParallelConfig, ctx: Context) -> torch.device:
+    """Where parameters are kept."""
+    import torch
+
+    return torch.device("cpu") if cfg.fsdp_cpu_offload else ctx.device
+
+
 def accumulating(model: Transformer, ctx: Context, last: bool) -> None:
     """Before each backward pass: whether gradients are exchanged now (the last of a step) or kept for later."""
-    if ctx.world_size > 1:
+    if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
@@ -175,6 +245,16 @@ def unsharded(module: Any) -> Iterator[None]:
             module.reshard()
 
 
+def reshard(model: nn.Module) -> None:
+    """Lets go of the whole parameters that a forward pass without gradients leaves behind under FSDP2.
+
+    Until then ``model.parameters()`` are these and not the sharded ones that an optimiser holds.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every rank takes part."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -186,7 +266,7 @@ def put(target: Tensor, value: Tensor) -> None:
 
     placements = getattr(target, "placements", None)
     with torch.no_grad():
-        if placements is None:
+        if placements is None or hasattr(value, "placements"):
             target.copy_(value)
             return
         from torch.distributed.tensor import distribute_tensor

@@ -6,6 +6,8 @@ import copy
 import gzip
 import json
 import lzma
+import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 from open_lm_linear.cli import UserError
 from open_lm_linear.data import prepare as prepare_module
-from open_lm_linear.data import python_docs
+from open_lm_linear.data import python_docs, tokenise
 from open_lm_linear.data.manifest import read_dataset_card, read_manifest
 from open_lm_linear.data.prepare import PrepareConfig, held_out, pack, prepare, summary
 from open_lm_linear.data.shards import ShardIndex
@@ -44,6 +46,7 @@ def loader(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     from types import ModuleType
 
     module = ModuleType("open_lm_linear.pretrained")
+    module.__path__ = [str(Path(prepare_module.__file__).parents[1] / "pretrained")]  # its submodules stay real
     module.load_tokenizer = lambda source: tokenizer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "open_lm_linear.pretrained", module)
 
@@ -92,7 +95,7 @@ def test_every_token_lands_once_on_its_side(tmp_path: Path, tokenizer: Any) -> N
 def test_held_out_documents_never_reach_training(tmp_path: Path, tokenizer: Any) -> None:
     run(tmp_path)
     train, val = (
-        "".join(tokenizer.decode(row) for row in sequences(tmp_path / "out" / name)) for name in ("train", "val")
+        "|".join(tokenizer.decode(row) for row in sequences(tmp_path / "out" / name)) for name in ("train", "val")
     )
     for i, text in enumerate(TEXTS):
         here, elsewhere = (val, train) if held_out(text, 0.2) else (train, val)
@@ -113,6 +116,9 @@ def test_card_manifest_and_check_agree(tmp_path: Path, tokenizer: Any) -> None:
     card = read_dataset_card(manifest)
     count = len(sequences(manifest.parent))
     val = [text for text in TEXTS if held_out(text, 0.2)]
+    kept = [text for text in TEXTS if not held_out(text, 0.2)]
+    assert card is not None
+    quantiles, fingerprint = card.pop("tokens_per_document"), card.pop("tokenizer_sha256")
     assert card == {
         "format_version": 1,
         "split": "train",
@@ -126,7 +132,16 @@ def test_card_manifest_and_check_agree(tmp_path: Path, tokenizer: Any) -> None:
         "heldout_documents": len(val),
         "heldout_sequences": len(packed(tokenizer, val)),
         "shuffle_seed": 5,
+        "sample_format": "npy",
+        "characters": sum(map(len, kept)),
+        "tokens_dropped": sum(len(text) + 1 for text in kept) - count * 32,
+        "inputs": [{"path": str(tmp_path / "a.jsonl"), "size": len(jsonl(TEXTS))}],
     }
+    lengths = sorted(map(len, kept))
+    assert quantiles.pop("mean") == round(sum(lengths) / len(lengths), 2)
+    for name, share in (("p5", 0.05), ("p25", 0.25), ("p50", 0.5), ("p75", 0.75), ("p95", 0.95)):
+        assert quantiles.pop(name) == lengths[math.ceil(share * len(lengths)) - 1]  # exact below 128
+    assert not quantiles and re.fullmatch("[0-9a-f]{64}", fingerprint)
     check(DataConfig(train_data=(str(manifest),), val_data=(str(tmp_path / "out" / "val"),)), 31, 257)
 
 
@@ -173,7 +188,7 @@ def test_a_text_file_is_one_document(tmp_path: Path, tokenizer: Any, name: str, 
 
 
 def test_many_batches_and_inputs_keep_their_order(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 100)
     (tmp_path / "b.txt").write_text("the second input " * 10)
     (tmp_path / "a.jsonl").write_bytes(jsonl([*TEXTS, "", " \n"]))  # empty documents are passed over
     inputs = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt"))

@@ -252,8 +252,10 @@ def test_check_names_what_is_missing_or_disagrees(tmp_path: Path) -> None:
         check(config(tmp_path / "nowhere"), SEQ_LEN, VOCAB)
     with pytest.raises(UserError, match="data.bin is no data: give a manifest.jsonl"):
         check(DataConfig(train_data=("data.bin",)), SEQ_LEN, VOCAB)
-    with pytest.raises(UserError, match="remote data is not read yet"):
-        check(DataConfig(train_data=("s3://bucket/manifest.jsonl",)), SEQ_LEN, VOCAB)
+    with pytest.raises(UserError, match="--data-cache-gb 0 is not above 0"):
+        check(config(tmp_path, data_cache_gb=0), SEQ_LEN, VOCAB)
+    with pytest.raises(UserError, match="--val-iter-ci -1 is less than 0"):
+        check(config(tmp_path, val_iter_ci=-1), SEQ_LEN, VOCAB)
     with pytest.raises(UserError, match="--workers -1 is less than 0"):
         check(DataConfig(workers=-1), SEQ_LEN, VOCAB)
     folder = make(tmp_path)

@@ -21,9 +21,12 @@ LAYERS = [
     ["norms", "rotary", "ops"],
     ["attention"],
     ["model"],
-    ["pretrained", "data", "optim", "parallel", "checkpoint", "metrics", "generate", "fit", "decoding"],
+    [
+        *("pretrained", "data", "optim", "groups", "averaging", "parallel", "checkpoint", "saver", "remote_copy"),
+        *("faults", "metrics", "generate", "fit", "decoding", "gauges", "profiling"),
+    ],
     ["config", "hf", "evaluate", "report", "parity"],
-    ["train", "convert"],
+    ["train", "convert", "plan", "run_folder", "validation"],
     ["main"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

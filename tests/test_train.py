@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative
-from safetensors.torch import load_file
 
 from open_lm_linear import optim, pretrained
-from open_lm_linear.checkpoint import checkpoints, latest, require_whole
+from open_lm_linear.checkpoint import checkpoints, latest, open_part, require_whole
 from open_lm_linear.cli import UserError
 from open_lm_linear.config import from_cli
 from open_lm_linear.data.manifest import Shard, write_manifest
@@ -38,6 +37,10 @@ MODEL = {
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
+    return make_data(tmp_path)
+
+
+def make_data(tmp_path: Path) -> Path:
     """Three shards of 16 sequences of a language in which each token follows from the one before."""
     rng = np.random.default_rng(0)
     shards = []
@@ -60,7 +63,8 @@ def words(tmp_path: Path, data: Path, name: str, *more: str) -> list[str]:
         *("--model", str(model), "--attn-name", "linear", "--train-data", str(data), "--logs", str(tmp_path / "logs")),
         *("--name", name, "--precision", "fp32", "--device", "cpu", "--workers", "0", "--global-batch-size", "8"),
         *("--train-num-samples", str(16 * 8 * 3), "--epochs", "2", "--warmup", "2", "--lr", "1e-2", "--wd", "0.1"),
-        *("--grad-clip-norm", "1.0", "--z-loss-coefficient", "1e-4", "--log-every-n-steps", "1", *more),
+        *("--grad-clip-norm", "1.0", "--z-loss-coefficient", "1e-4", "--log-every-n-steps", "1"),
+        *("--multiple-data-passes", *more),
     ]
 
 
@@ -70,8 +74,9 @@ def run(tmp_path: Path, data: Path, name: str, *more: str) -> Path:
     return folder
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(latest(folder) / "model.safetensors")
+def weights(folder: Path, part: str = "model") -> dict[str, torch.Tensor]:
+    reader = open_part(latest(folder), part)
+    return {name: reader.read(name) for name in reader.names()}
 
 
 def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -105,6 +110,60 @@ def test_the_update_does_not_depend_on_accumulation(tmp_path: Path, data: Path) 
         assert worst(weights(run(tmp_path, data, f"x{pieces}", "--accum-freq", pieces)), whole) < 1e-5
 
 
+def test_the_update_does_not_depend_on_accumulation_with_masks_and_documents(tmp_path: Path, data: Path) -> None:
+    """Pieces then hold different numbers of targets."""
+    more = ["--target-mask-left", "5", "--target-mask-individual", "40", "--squash-mask-left"]
+    more += ["--reset-state-at-document", "--document-separator", "17"]
+    whole = run(tmp_path, data, "1x8", *more)
+    for pieces in ("2", "8"):
+        assert worst(weights(run(tmp_path, data, f"x{pieces}", "--accum-freq", pieces, *more)), weights(whole)) < 1e-5
+    assert worst(weights(run(tmp_path, data, "plain")), weights(whole)) > 1e-3
+    last = rows(whole, "metrics.jsonl")[-1]
+    assert 0 < last["tokens"] < 6 * 8 * 16  # targets alone are counted
+
+
+def test_the_separator_of_the_data_is_kept_with_the_run(tmp_path: Path, data: Path) -> None:
+    card = data.parent / "dataset.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "eod_token_id": 17}))
+    folder = run(tmp_path, data, "card", "--reset-state-at-document")
+    given = run(tmp_path, data, "given", "--reset-state-at-document", "--document-separator", "17")
+    assert "document_separator: 17" in (folder / "config.yaml").read_text()
+    assert worst(weights(folder), weights(given)) == 0
+
+
+def test_each_validation_set_has_its_row_and_interval(tmp_path: Path, data: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write_shard(other / "a.tar", np.random.default_rng(1).integers(0, 64, (20, 17)), vocab_size=64)
+    sets = ["--val-data", f"toy={data}", str(other / "a.tar"), "--val-iter-ci", "200"]
+    folder = run(tmp_path, data, "val", *sets)
+    results = rows(folder, "results.jsonl")
+    assert [(r["step"], r["val_data"]) for r in results] == [
+        (step, name) for step in (0, 3, 6) for name in ("toy", str(other / "a.tar"))
+    ]
+    for row in results:
+        assert row["loss_ci_low"] < row["loss"] < row["loss_ci_high"]
+        width = (row["loss_ci_high"] - row["loss_ci_low"]) / 2
+        assert width == pytest.approx(1.96 * row["standard_error"], rel=0.35)
+    assert results[-2]["loss"] < results[-1]["loss"] and results[-1]["sequences"] == 20
+    again = rows(run(tmp_path, data, "again", *sets, "--accum-freq", "2"), "results.jsonl")[0]
+    ends = ("loss_ci_low", "loss_ci_high", "standard_error")
+    assert [again[k] for k in ends] == pytest.approx([results[0][k] for k in ends])
+    masked = rows(run(tmp_path, data, "masked", *sets, "--target-mask-individual", "3"), "results.jsonl")[1]
+    assert 20 * 16 * 0.9 < masked["counted"] < 20 * 16 and masked["loss_ci_low"] < masked["loss"]
+    without = rows(run(tmp_path, data, "none", *sets, "--val-iter-ci", "0"), "results.jsonl")[0]
+    assert without["loss_ci_low"] is without["loss_ci_high"] is None
+
+
+def test_a_mix_of_sources_resumes_exactly(tmp_path: Path, data: Path) -> None:
+    other = tmp_path / "other.tar"
+    write_shard(other, np.random.default_rng(1).integers(0, 64, (20, 17)), vocab_size=64)
+    mix = ["--train-data", str(data), str(other), "--train-data-mix-weights", "3", "1"]
+    whole = run(tmp_path, data, "whole", *mix, "--epochs", "3", "--save-frequency", "1")
+    part = run(tmp_path, data, "part", *mix, "--epochs", "3", "--resume", str(checkpoints(whole)[0]))
+    assert worst(weights(whole), weights(part)) == 0
+
+
 def test_checkpointed_activations_give_the_same_update(tmp_path: Path, data: Path) -> None:
     plain, recomputed = run(tmp_path, data, "plain"), run(tmp_path, data, "recomputed", "--grad-checkpointing")
     assert worst(weights(recomputed), weights(plain)) < 1e-6
@@ -122,7 +181,7 @@ def test_resume_is_exact(tmp_path: Path, data: Path) -> None:
     assert resumed == part
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(part)[name]), name
-    one, two = load_file(latest(whole) / "optimizer.safetensors"), load_file(latest(part) / "optimizer.safetensors")
+    one, two = weights(whole, "optimizer"), weights(part, "optimizer")
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert [r["step"] for r in rows(part, "metrics.jsonl")] == list(range(1, 13))
     assert [r["loss"] for r in rows(part, "metrics.jsonl")] == [r["loss"] for r in rows(whole, "metrics.jsonl")]
@@ -220,6 +279,10 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
         (["--device", "tpu9"], "is not a device"),
         (["--feature-dim", "7"], "an even feature_dim"),
         (["--resume", "/nowhere"], "is not a whole checkpoint"),
+        (["--no-multiple-data-passes", "--epochs", "3"], "which holds 48: lower --train-num-samples or --epochs"),
+        (["--squash-mask-left"], "--squash-mask-left takes out the token"),
+        (["--reset-state-at-document"], "name no end-of-document tokens"),
+        (["--train-data-mix-weights", "1", "2"], "has 2 weights for 1 sources"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(
@@ -250,7 +313,10 @@ def test_a_half_written_checkpoint_is_refused(tmp_path: Path, data: Path) -> Non
     folder = latest(run(tmp_path, data, "cut"))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    for use in (lambda: pretrained.load_pretrained(folder), lambda: run(tmp_path, data, "cut", "--resume", "latest")):
+    for use in (
+        lambda: pretrained.load_pretrained(folder),
+        lambda: run(tmp_path, data, "cut", "--resume", str(folder)),
+    ):
         with pytest.raises(UserError, match="half-written checkpoint: model.safetensors has"):
             use()
     (folder / "state.json").unlink()
@@ -258,9 +324,11 @@ def test_a_half_written_checkpoint_is_refused(tmp_path: Path, data: Path) -> Non
         require_whole(folder)
 
 
-def test_a_non_finite_loss_stops_before_the_update(tmp_path: Path, data: Path) -> None:
+def test_a_loss_that_stays_without_a_number_ends_the_run(tmp_path: Path, data: Path) -> None:
     argv = words(tmp_path, data, "nan", "--lr", "1e30", "--grad-clip-norm", "1e30", "--warmup", "0")
-    with pytest.raises(UserError, match="stopped before the update"):
+    with pytest.raises(
+        UserError, match="10 steps in a row had no finite loss and gradients, and there is no checkpoint"
+    ):
         train(from_cli(argv))
 
 

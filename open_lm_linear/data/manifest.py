@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm_linear.cli import UserError
+from open_lm_linear.data.remote import beside, fetch, fetch_optional, is_remote
 
 MANIFEST = "manifest.jsonl"
 CARD = "dataset.json"
@@ -24,20 +25,25 @@ class Shard:
     num_sequences: int
 
 
-def local(path: str | os.PathLike[str]) -> str:
-    """The path as a string.
+def local(path: str | os.PathLike[str], remote: bool = False) -> str:
+    """The path as a string; a ``file://`` URL as the path that it names.
+
+    Args:
+        remote: whether URLs are taken too.
 
     Raises:
-        UserError: it is a url or a ``pipe:`` command of webdataset.
+        UserError: it is a ``pipe:`` command of webdataset, or a URL where none is taken.
     """
-    path = os.fspath(path)
-    if "://" in path or path.startswith("pipe:"):
-        raise UserError(f"{path} is not a local path: remote data is not read yet, so copy it to a local disk first.")
+    path = os.fspath(path).removeprefix("file://")
+    if path.startswith("pipe:"):
+        raise UserError(f"{path} is a command, and data is read from paths and URLs alone: give the URL itself.")
+    if is_remote(path) and not remote:
+        raise UserError(f"{path} is not a local path: copy it to a local disk first.")
     return path
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Shard]:
-    """The shards that a manifest names, in its order, with paths made relative to the manifest's folder.
+    """The shards that a manifest names, in its order, with paths or URLs in the manifest's folder.
 
     One line is ``{"shard": name, "num_sequences": n}``; ``num_chunks`` (older OpenLM) and names without ``.tar`` are
     taken too. The shards themselves are not opened here.
@@ -45,20 +51,24 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Shard]:
     Raises:
         UserError: the manifest is missing or empty, or a line is malformed.
     """
-    manifest = Path(local(path))
+    where = local(path, remote=True)
+    manifest = fetch(where) if is_remote(where) else Path(where)
     if not manifest.is_file():
         raise UserError(
             f"no manifest at {manifest}: make one from your text with "
             "`python -m open_lm_linear.data.prepare --input TEXT --tokenizer NAME --output DIR`."
         )
-    with manifest.open(encoding="utf-8") as lines:
-        shards = [_parse(line, manifest, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    try:
+        lines = manifest.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"the manifest {where} is not UTF-8 text: make it anew, or copy it again.") from None
+    shards = [_parse(line, where, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not shards:
-        raise UserError(f"the manifest {manifest} names no shards: make it anew with open_lm_linear.data.prepare.")
+        raise UserError(f"the manifest {where} names no shards: make it anew with open_lm_linear.data.prepare.")
     return shards
 
 
-def _parse(line: str, manifest: Path, number: int) -> Shard:
+def _parse(line: str, manifest: str, number: int) -> Shard:
     try:
         entry = json.loads(line)
         name = entry["shard"]
@@ -71,7 +81,9 @@ def _parse(line: str, manifest: Path, number: int) -> Shard:
             f"{line.strip()[:80]}"
         )
     name = name if name.endswith(".tar") else name + ".tar"
-    return Shard(os.path.join(manifest.parent, local(name)), count)
+    if is_remote(manifest) and not is_remote(name):
+        return Shard(beside(manifest, name), count)
+    return Shard(name if is_remote(name) else os.path.join(os.path.dirname(manifest), local(name)), count)
 
 
 def write_manifest(path: str | os.PathLike[str], shards: Iterable[Shard], card: Mapping[str, Any]) -> None:
@@ -100,11 +112,13 @@ def read_dataset_card(manifest: str | os.PathLike[str]) -> dict[str, Any] | None
     Raises:
         UserError: the file is not a JSON object, or is of a later format than this code reads.
     """
-    path = Path(local(manifest)).with_name(CARD)
-    if not path.is_file():
+    where = local(manifest, remote=True)
+    path = beside(where, CARD) if is_remote(where) else os.path.join(os.path.dirname(where), CARD)
+    file = fetch_optional(path) if is_remote(path) else Path(path)
+    if file is None or not file.is_file():
         return None
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         card = None
     if not isinstance(card, dict):

@@ -1,37 +1,63 @@
 """Text -> shards: ``python -m open_lm_linear.data.prepare --input a.txt b.jsonl.zst --tokenizer NAME --output DIR``.
 
 Documents are tokenised, joined with the end-of-document token after each, cut into sequences of seq_len + 1 tokens that
-do not overlap, and shuffled. Whole documents are kept aside for validation.
+do not overlap, and shuffled all together. Whole documents are kept aside for validation. The output is a function of
+the inputs, the tokenizer and the settings, byte by byte, whatever the number of workers and however often the command
+was killed and given again.
+
+The inputs are cut into pieces (``inputs``), each piece is tokenised and packed by one worker (``tokenise``), and the
+sequences of all are sorted by random keys on disk (``shuffle``). OUTPUT/.work says what is done (``journal``).
+
+On a Ray cluster, with inputs and output where every node sees them (the package installed on each with its ``ray``
+extra): ``RAY_ADDRESS=HOST:PORT python -m open_lm_linear.data.prepare --engine ray ...``.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import json
-import lzma
+import math
 import os
-import tempfile
+import sys
 import time
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from open_lm_linear.cli import UserError, command, parse
+from open_lm_linear.cli import UserError, command, flags_in, parse
+from open_lm_linear.data.engines import Serial, choose
+from open_lm_linear.data.inputs import HUB, Input, Part, Reading, find_inputs, plan, work_in
+from open_lm_linear.data.journal import Journal
 from open_lm_linear.data.manifest import CARD, MANIFEST, Shard, write_manifest
-from open_lm_linear.data.shards import write_shard
+from open_lm_linear.data.shuffle import (
+    RunFile,
+    bucket_count,
+    missing_shards,
+    record_type,
+    shard_path,
+    shard_ranks,
+    token_type,
+)
+from open_lm_linear.data.tokenise import (
+    SIDES,
+    Job,
+    held_out,
+    pack,
+    pack_rests,
+    portable,
+    tokenise_piece,
+    write_span,
+)
 
-TEXT = (".txt", ".md", ".rst")
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-COMPRESSIONS = (".gz", ".xz", ".zst")
-BUCKETS = 100  # the shuffle holds one of these in memory: a hundredth of the corpus, at 4 bytes a token
+__all__ = ["PrepareConfig", "Speed", "Split", "held_out", "pack", "prepare", "summary"]
+
+FORMAT = 1  # of what an unfinished preparation keeps
 FEWEST_SHARDS = 4  # even little data is cut into some shards
-BATCH_CHARACTERS = 1_000_000  # text handed to the tokenizer at once
+SPANS_PER_WORKER = 4  # in which shards are written, so that all workers end at about one time
+MOST_SHARDS_PER_SPAN = 256
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
@@ -39,7 +65,8 @@ class PrepareConfig:
     """What to prepare."""
 
     input: tuple[str, ...]
-    """Text files (.txt .md .rst, one document each) or JSON lines (.jsonl .ndjson .json), plain or .gz .xz .zst."""
+    """Text (.txt .md .rst, one document each), JSON lines (.jsonl .ndjson .json), both plain or .gz .xz .zst, and
+    .parquet; local or a url (s3:// gs:// https://), with globs and braces; or hf://datasets/NAME, streamed."""
     tokenizer: str
     """Tokenizer: a preset, a folder, or a name on the hub. It must be that of the model to be trained."""
     output: Path
@@ -51,257 +78,162 @@ class PrepareConfig:
     sequences_per_shard: int = 512
     """Sequences per shard at most."""
     text_key: str = "text"
-    """Key of the text in JSON lines."""
+    """Key of the text in JSON lines, column of the text in parquet and in data sets."""
     seed: int = 0
     """Seed of the shuffle."""
     overwrite: bool = False
     """Replace what an earlier run wrote to the output folder."""
-
-
-class Packer:
-    """Joins documents, with the end-of-document token after each, and cuts sequences of seq_len + 1 tokens."""
-
-    def __init__(self, seq_len: int, eod: int) -> None:
-        self.length, self.eod = seq_len + 1, np.array([eod], dtype=np.int32)
-        self.rest = np.empty(0, dtype=np.int32)
-
-    def add(self, tokens: Iterable[int]) -> np.ndarray:
-        """The sequences that this document completes, int32 (any number, seq_len + 1)."""
-        joined = np.concatenate([self.rest, np.asarray(tokens, dtype=np.int32), self.eod])
-        whole = len(joined) // self.length * self.length
-        self.rest = joined[whole:]
-        return joined[:whole].reshape(-1, self.length)
-
-
-def pack(token_lists: Iterable[Iterable[int]], seq_len: int, eod: int) -> Iterator[np.ndarray]:
-    """Sequences, int32 (seq_len + 1,), of the documents' tokens; what is left at the end is dropped.
-
-    Consecutive sequences do not overlap: joined, they are the start of doc_0 eod doc_1 eod ...
-    """
-    packer = Packer(seq_len, eod)
-    for tokens in token_lists:
-        yield from packer.add(tokens)
-
-
-def held_out(text: str, share: float) -> bool:
-    """Whether a document is kept for validation: a pure function of its text, true for ``share`` of all texts."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-class Bucket:
-    """A shuffle on disk: sequences are thrown into files at random, and each file is shuffled in memory when read."""
-
-    def __init__(self, folder: Path, seq_len: int, seed: int) -> None:
-        self.folder, self.length = folder, seq_len + 1
-        self.random = np.random.Generator(np.random.Philox(seed % 2**64))
-        self.files: dict[int, io.BufferedWriter] = {}
-        self.count = 0
-        folder.mkdir()
-
-    def add(self, sequences: np.ndarray) -> None:
-        """Takes int32 (n, seq_len + 1)."""
-        for sequence, number in zip(sequences, self.random.integers(BUCKETS, size=len(sequences)), strict=True):
-            if number not in self.files:
-                self.files[number] = (self.folder / str(number)).open("wb")
-            self.files[number].write(sequence.tobytes())
-        self.count += len(sequences)
-
-    def shuffled(self) -> Iterator[np.ndarray]:
-        """All sequences, int32 (seq_len + 1,), in an order fixed by the seed; the files are removed on the way."""
-        for number in sorted(self.files):
-            self.files[number].close()
-            path = self.folder / str(number)
-            sequences = np.fromfile(path, dtype=np.int32).reshape(-1, self.length)
-            path.unlink()
-            yield from sequences[self.random.permutation(len(sequences))]
+    dataset: str | None = None
+    """A data set of the Hugging Face hub, NAME or NAME@REVISION, streamed (beside or instead of --input)."""
+    dataset_config: str | None = None
+    """Its configuration, where it has several."""
+    dataset_split: str = "train"
+    """Its split."""
+    sample_format: Literal["npy", "json"] = "npy"
+    """Samples as arrays of uint16 or uint32, or as the JSON lists that every OpenLM reads."""
+    workers: int = 0
+    """Cores to use: worker processes, and threads where there are fewer pieces of work than cores. 0: all."""
+    engine: Literal["local", "ray"] = "local"
+    """Where the work is done: on this machine, or as tasks of the Ray cluster at RAY_ADDRESS."""
+    benchmark: bool = False
+    """Also let the tokenizer alone run over the same texts, batch by batch in turn, and print both speeds."""
 
 
 @dataclass
 class Split:
-    """The documents of one side, training or validation, on their way to shards."""
+    """The documents of one side, training or validation, as they were counted and written."""
 
     name: str
-    packer: Packer
-    bucket: Bucket
     documents: int = 0
-    tokens: int = 0
+    characters: int = 0
+    tokens: int = 0  # with the end-of-document tokens
+    sequences: int = 0
+    lengths: dict[int, int] = field(default_factory=dict)
     shards: list[Shard] = field(default_factory=list)
 
-    def add(self, tokens: list[int]) -> None:
-        self.documents += 1
-        self.tokens += len(tokens) + 1  # with its end-of-document token
-        self.bucket.add(self.packer.add(tokens))
+    def add(self, counts: Mapping[str, Any]) -> None:
+        for name in ("documents", "characters", "tokens", "sequences"):
+            setattr(self, name, getattr(self, name) + counts[name])
+        for length, count in counts["lengths"].items():
+            self.lengths[int(length)] = self.lengths.get(int(length), 0) + count
 
-    def write(self, folder: Path, sequences_per_shard: int) -> None:
-        """Writes the shards, of equal size within one sequence."""
-        total = self.bucket.count
-        number_of_shards = min(total, max(FEWEST_SHARDS, -(-total // sequences_per_shard)))
-        sequences = self.bucket.shuffled()
-        folder.mkdir(parents=True, exist_ok=True)
-        for number in range(number_of_shards):
-            first, last = (total * n // number_of_shards for n in (number, number + 1))
-            path = folder / f"shard-{number:05d}.tar"
-            write_shard(path, (next(sequences) for _ in range(last - first)), first_key=first)
-            self.shards.append(Shard(str(path), last - first))
-
-
-def documents(paths: Iterable[str], text_key: str, bar: Any) -> Iterator[str]:
-    """The text of every document, in order; ``bar`` (a tqdm) follows the bytes read.
-
-    Raises:
-        UserError: a file is unreadable, or a line of JSON lines is malformed or lacks ``text_key``.
-    """
-    import fsspec
-
-    for path in paths:
-        done = bar.n
-        with fsspec.open(path, "rb") as raw:
-            try:
-                for text in _documents(path, _decompress(path, raw), text_key):
-                    bar.update(done + raw.tell() - bar.n)
-                    if text.strip():
-                        yield text
-            except (OSError, EOFError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
-                raise UserError(f"cannot read {path} ({error}): copy the file again.") from error
+    def tokens_per_document(self) -> dict[str, float | int]:
+        """Mean and quantiles of the lengths, without the end-of-document token; the quantiles within 2 %."""
+        if not self.documents:
+            return {}
+        lengths = np.array(sorted(self.lengths))
+        up_to = np.cumsum([self.lengths[length] for length in lengths.tolist()])
+        found: dict[str, float | int] = {"mean": round((self.tokens - self.documents) / self.documents, 2)}
+        for quantile in QUANTILES:
+            rank = max(1, math.ceil(quantile * self.documents))
+            found[f"p{100 * quantile:g}"] = lengths[np.searchsorted(up_to, rank)].item()
+        return found
 
 
-def _documents(path: str, file: io.BufferedIOBase, text_key: str) -> Iterator[str]:
-    if _kind(path) in TEXT:
-        try:
-            text = file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first.") from None
-        yield text
-        return
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield _text_of(line, f"{path} line {number}", text_key)
+@dataclass
+class Speed:
+    """Core-seconds of this process's run, which may be the rest of one that was stopped."""
+
+    tokens: int = 0
+    tokenising: float = 0.0
+    writing: float = 0.0
+    alone: float = 0.0
+
+    def lines(self) -> list[str]:
+        """Tokens per second and core, all work included; beside the tokenizer alone where that was measured."""
+        if not self.tokens:
+            return []
+        rate = self.tokens / (self.tokenising + self.writing)
+        line = f"per core: {rate:,.0f} tokens/s from text to shards"
+        if not self.alone:
+            return [line]
+        alone = self.tokens / self.alone
+        return [f"{line}; the tokenizer alone, on the same texts, {alone:,.0f} tokens/s: {rate / alone:.1%} of it"]
 
 
-def _text_of(line: bytes, where: str, text_key: str) -> str:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): each line must be one JSON object.") from None
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is not a JSON object: each line must be one, with the text under {text_key!r}.")
-    if text_key not in entry:
-        raise UserError(f"{where} has no key {text_key!r}: set --text-key to one of {', '.join(entry) or 'none'}.")
-    if not isinstance(entry[text_key], str):
-        raise UserError(
-            f"{where} has under {text_key!r} no string but {json.dumps(entry[text_key])[:40]}: set --text-key."
-        )
-    return entry[text_key]
-
-
-def _decompress(path: str, raw: Any) -> Any:
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".xz"):
-        return lzma.LZMAFile(raw)
-    if path.endswith(".zst"):
-        import zstandard
-
-        # fsspec's own zstd stops, silently, after the first of several frames
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader)  # type: ignore[arg-type]  # iterates over lines
-    return raw
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
-
-
-def _kind(path: str) -> str:
-    """The extension under the compression's: ``a.jsonl.zst`` -> .jsonl"""
-    stem, extension = os.path.splitext(path)
-    return os.path.splitext(stem)[1] if extension in COMPRESSIONS else extension
-
-
-def find_inputs(inputs: Iterable[str]) -> list[tuple[str, int]]:
-    """(path, size in bytes) of every input, before any is read.
-
-    Raises:
-        UserError: a file is missing or has an extension that is not read.
-    """
-    from fsspec.core import url_to_fs
-
-    found = []
-    for path in inputs:
-        if _kind(path) not in TEXT + JSON_LINES:
-            raise UserError(
-                f"{path} has an extension that is not read; it must be one of {' '.join(TEXT + JSON_LINES)}, "
-                f"plain or with {' '.join(COMPRESSIONS)}."
-            )
-        filesystem, name = url_to_fs(path)
-        if not filesystem.isfile(name):
-            raise UserError(f"no input file at {path}: check the path.")
-        found.append((path, filesystem.size(name) or 0))
-    return found
-
-
-def tokenise(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
-    """(text, its tokens) of every document, encoded in batches and without special tokens."""
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield from zip(batch, _encode(batch, tokenizer), strict=True)
-            batch, characters = [], 0
-    if batch:
-        yield from zip(batch, _encode(batch, tokenizer), strict=True)
-
-
-def _encode(batch: list[str], tokenizer: Any) -> list[list[int]]:
-    encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return encoded["input_ids"]
-
-
-def prepare(cfg: PrepareConfig) -> dict[str, Split]:
+def prepare(cfg: PrepareConfig, speed: Speed | None = None) -> dict[str, Split]:
     """Does what the command does; returns the splits ``train`` and ``val`` as they were written.
+
+    Args:
+        speed: receives the seconds spent.
 
     Raises:
         UserError: bad settings or inputs, an output folder already in use, or too little text for one sequence.
     """
-    from tqdm import tqdm
+    _check_settings(cfg)
+    speed = speed or Speed()
+    reading = Reading(cfg.text_key, cfg.dataset_config, cfg.dataset_split)
+    inputs = find_inputs([*cfg.input, *([HUB + cfg.dataset] if cfg.dataset else [])], reading)
+    pieces = plan(inputs)
+    job = _job(cfg, reading, sum(map(work_in, inputs)))
+    with Journal(cfg.output, _settings(cfg, inputs, job), cfg.overwrite) as journal:
+        if not journal.shards_begun:
+            _refuse_existing(cfg)
+        with choose(cfg.engine, job, cfg.workers, len(pieces)) as engine:
+            _tokenise(engine, journal, pieces, speed)
+            if len(pieces) not in journal.pieces:
+                journal.piece_done(len(pieces), pack_rests(job, len(pieces))["counts"])
+            splits = {side: Split(side) for side in SIDES}
+            for piece in range(len(pieces) + 1):
+                for side in SIDES:
+                    splits[side].add(journal.pieces[piece][side])
+            if not splits["train"].sequences:
+                journal.remove()
+                raise UserError(
+                    f"too little text: {splits['train'].tokens} training tokens do not fill one sequence of "
+                    f"{cfg.seq_len + 1}; give more text, or a smaller --seq-len."
+                )
+            if not journal.shards_begun:
+                for side in SIDES:
+                    _remove_old(cfg.output / side)
+                journal.begin_shards()
+            for split in splits.values():
+                _write(engine, cfg, split, len(pieces) + 1, speed)
+        for split in reversed(splits.values()):  # training data last: it is there when all is
+            if split.sequences:
+                card = _card(cfg, split, splits["val"], job, inputs)
+                write_manifest(cfg.output / split.name / MANIFEST, split.shards, card)
+        journal.remove()
+    return splits
 
+
+def _job(cfg: PrepareConfig, reading: Reading, work: int) -> Job:
     from open_lm_linear.pretrained import load_tokenizer
 
-    _check_settings(cfg)
-    inputs = find_inputs(cfg.input)
     tokenizer = load_tokenizer(cfg.tokenizer)
     eod = tokenizer.eos_token_id
     if eod is None:
         raise UserError(f"the tokenizer {cfg.tokenizer} has no end-of-text token, which must part the documents.")
-    cfg.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cfg.output, prefix="shuffle-") as folder:
-        train, val = (
-            Split(name, Packer(cfg.seq_len, eod), Bucket(Path(folder) / name, cfg.seq_len, cfg.seed))
-            for name in ("train", "val")
-        )
-        with tqdm(total=sum(size for _, size in inputs), unit="B", unit_scale=True, desc="tokenise") as bar:
-            texts = documents((path for path, _ in inputs), cfg.text_key, bar)
-            for text, tokens in tokenise(texts, tokenizer):
-                (val if held_out(text, cfg.holdout_documents) else train).add(tokens)
-            bar.update(bar.total - bar.n)
-        if not train.bucket.count:
-            raise UserError(
-                f"too little text: {train.tokens} training tokens do not fill one sequence of {cfg.seq_len + 1}; give "
-                "more text, or a smaller --seq-len."
-            )
-        for split in (train, val):
-            _remove_old(cfg.output / split.name)
-        for split in (train, val):
-            if split.bucket.count:
-                split.write(cfg.output / split.name, cfg.sequences_per_shard)
-                card = _card(cfg, split, val, len(tokenizer), eod)
-                write_manifest(cfg.output / split.name / MANIFEST, split.shards, card)
-    return {"train": train, "val": val}
+    vocabulary = tokenizer.get_vocab()
+    vocab_size = max(len(tokenizer), max(vocabulary.values()) + 1)  # ids can have gaps
+    carried = portable(tokenizer)
+    told = carried if isinstance(carried, str) else repr(sorted(vocabulary.items()))
+    return Job(
+        pieces=Path(os.path.abspath(cfg.output), ".work", "pieces"),
+        output=Path(os.path.abspath(cfg.output)),
+        tokenizer=carried,
+        tokenizer_id=hashlib.sha256(told.encode()).hexdigest(),
+        vocab_size=vocab_size,
+        eod=eod,
+        seq_len=cfg.seq_len,
+        holdout=cfg.holdout_documents,
+        seed=cfg.seed,
+        buckets=bucket_count(work, token_type(vocab_size)),
+        sample_format=cfg.sample_format,
+        reading=reading,
+        benchmark=cfg.benchmark,
+    )
+
+
+def _settings(cfg: PrepareConfig, inputs: list[Input], job: Job) -> dict[str, Any]:
+    """What the output depends on, by flag."""
+    names = ("seq_len", "holdout_documents", "sequences_per_shard", "text_key", "seed", "sample_format")
+    return {
+        "format": FORMAT,
+        "tokenizer": f"{cfg.tokenizer} ({job.tokenizer_id[:12]})",
+        **{name: getattr(cfg, name) for name in (*names, "dataset", "dataset_config", "dataset_split")},
+        "inputs": [(entry.path, entry.size, entry.stamp, entry.cuts) for entry in inputs],
+    }
 
 
 def _check_settings(cfg: PrepareConfig) -> None:
@@ -309,7 +241,14 @@ def _check_settings(cfg: PrepareConfig) -> None:
         raise UserError("--seq-len and --sequences-per-shard must be at least 1.")
     if not 0 <= cfg.holdout_documents < 1:
         raise UserError(f"--holdout-documents {cfg.holdout_documents} is a share and must be at least 0 and below 1.")
-    for name in ("train", "val"):
+    if cfg.workers < 0:
+        raise UserError(f"--workers {cfg.workers} must be at least 1, or 0 for all cores.")
+    if not cfg.input and not cfg.dataset:
+        raise UserError("there is nothing to read: give --input FILES, or --dataset NAME.")
+
+
+def _refuse_existing(cfg: PrepareConfig) -> None:
+    for name in SIDES:
         manifest = cfg.output / name / MANIFEST
         if manifest.exists() and not cfg.overwrite:
             raise UserError(f"{manifest} exists: choose another --output, or pass --overwrite to replace that data.")
@@ -321,19 +260,65 @@ def _remove_old(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _card(cfg: PrepareConfig, split: Split, val: Split, vocab_size: int, eod: int) -> dict[str, Any]:
+def _tokenise(engine: Serial, journal: Journal, pieces: list[tuple[Part, ...]], speed: Speed) -> None:
+    """Has every piece done that is not; the largest begin first, so that all workers end at about one time."""
+    from tqdm import tqdm
+
+    sizes = [max(1, sum(part.size // part.cuts for part in parts)) for parts in pieces]
+    done = sum(sizes[piece] for piece in journal.pieces if piece < len(pieces))
+    left = sorted(set(range(len(pieces))) - set(journal.pieces), key=lambda piece: -sizes[piece])
+    with tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, desc="tokenise") as bar:
+        for result in engine.run(tokenise_piece, [(piece, pieces[piece]) for piece in left]):
+            journal.piece_done(result["piece"], result["counts"])
+            speed.tokens += sum(result["counts"][side]["tokens"] for side in SIDES)
+            speed.tokenising += result["seconds"] * engine.threads
+            speed.alone += result["alone"] * engine.threads
+            bar.update(sizes[result["piece"]])
+
+
+def _write(engine: Serial, cfg: PrepareConfig, split: Split, pieces: int, speed: Speed) -> None:
+    """Writes the shards of a split that are not there yet."""
+    from tqdm import tqdm
+
+    if not split.sequences:
+        return
+    job, folder = engine.job, cfg.output / split.name
+    folder.mkdir(parents=True, exist_ok=True)
+    record = record_type(job.seq_len, job.tokens)
+    counts = np.zeros(job.buckets, dtype=np.int64)
+    for piece in range(pieces):
+        counts += RunFile(job.path(piece, split.name), record).counts()
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    ranks = shard_ranks(split.sequences, cfg.sequences_per_shard, FEWEST_SHARDS)
+    number = len(ranks) - 1
+    size = min(max(1, number // (engine.workers * SPANS_PER_WORKER)), MOST_SHARDS_PER_SPAN)
+    spans = missing_shards(folder, number, size)
+    with tqdm(total=sum(last - first for first, last in spans), unit="shard", desc=f"write {split.name}") as bar:
+        for result in engine.run(write_span, [(split.name, pieces, starts, ranks, span) for span in spans]):
+            speed.writing += result["seconds"]
+            bar.update(result["shards"])
+    split.shards = [Shard(str(shard_path(folder, i)), (ranks[i + 1] - ranks[i]).item()) for i in range(number)]
+
+
+def _card(cfg: PrepareConfig, split: Split, val: Split, job: Job, inputs: list[Input]) -> dict[str, Any]:
     return {
         "split": split.name,
         "tokenizer": cfg.tokenizer,
-        "vocab_size": vocab_size,
+        "tokenizer_sha256": job.tokenizer_id,
+        "vocab_size": job.vocab_size,
         "seq_len": cfg.seq_len,
-        "eod_token_id": eod,
+        "eod_token_id": job.eod,
+        "sample_format": cfg.sample_format,
         "documents": split.documents,
-        "tokens": split.bucket.count * (cfg.seq_len + 1),
-        "sequences": split.bucket.count,
+        "characters": split.characters,
+        "tokens": split.sequences * (cfg.seq_len + 1),
+        "tokens_dropped": split.tokens - split.sequences * (cfg.seq_len + 1),
+        "tokens_per_document": split.tokens_per_document(),
+        "sequences": split.sequences,
         "heldout_documents": val.documents,
-        "heldout_sequences": val.bucket.count,
+        "heldout_sequences": val.sequences,
         "shuffle_seed": cfg.seed,
+        "inputs": [{"path": entry.path, "size": entry.size} for entry in inputs],
     }
 
 
@@ -343,7 +328,7 @@ def summary(cfg: PrepareConfig, splits: dict[str, Split], seconds: float) -> str
     for split in splits.values():
         where = cfg.output / split.name / MANIFEST if split.shards else "nothing: too little text for one sequence"
         lines.append(
-            f"{split.name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bucket.count:,} sequences "
+            f"{split.name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.sequences:,} sequences "
             f"in {len(split.shards)} shards -> {where}"
         )
     tokens = sum(split.tokens for split in splits.values())
@@ -353,14 +338,18 @@ def summary(cfg: PrepareConfig, splits: dict[str, Split], seconds: float) -> str
 
 @command
 def main() -> None:
+    given = flags_in(sys.argv[1:])
+    argv = [*sys.argv[1:], *(["--input"] if "dataset" in given and "input" not in given else [])]
     cfg = parse(
         PrepareConfig,
+        argv,
         prog="python -m open_lm_linear.data.prepare",
         description="Turns text into shards of tokens for training and validation.",
     )
     start = time.perf_counter()
-    splits = prepare(cfg)
-    print(summary(cfg, splits, time.perf_counter() - start))
+    speed = Speed()
+    splits = prepare(cfg, speed)
+    print("\n".join([summary(cfg, splits, time.perf_counter() - start), *speed.lines()]))
 
 
 if __name__ == "__main__":

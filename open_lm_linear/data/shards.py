@@ -2,73 +2,124 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import os
 import tarfile
-import zlib
+import threading
+import weakref
 from collections.abc import Iterable
 from typing import BinaryIO
 
 import numpy as np
 
 from open_lm_linear.cli import UserError, nearest
+from open_lm_linear.data import offsets, remote
 from open_lm_linear.data.manifest import local
+from open_lm_linear.data.samples import DATA_KEYS, Malformed, decode, encode_npy
 
-DATA_KEYS = ("json", "json.gz", "txt")
+Members = dict[str, np.ndarray]
+
+_open_indices: weakref.WeakSet[ShardIndex] = weakref.WeakSet()  # whose files the cache of remote shards must keep
+_open_lock = threading.Lock()
 
 
-def write_shard(path: str | os.PathLike[str], sequences: Iterable[np.ndarray], first_key: int = 0) -> int:
-    """Writes token sequences as samples ``00000123.json`` of a tar; returns how many.
+def write_shard(
+    path: str | os.PathLike[str],
+    sequences: Iterable[np.ndarray],
+    first_key: int = 0,
+    vocab_size: int | None = None,
+) -> int:
+    """Writes token sequences as samples ``00000123.json`` or ``00000123.npy`` of a tar; returns how many.
 
     The same sequences give the same bytes, and the file appears under its name only when it is whole.
 
     Args:
         sequences: integer arrays (seq_len + 1,).
         first_key: the number that names the first sample.
+        vocab_size: writes ``.npy``, uint16 up to 65,536 tokens and uint32 beyond. None writes ``.json``.
+
+    Raises:
+        UserError: a token is outside the vocabulary.
     """
     path = os.fspath(path)
     unfinished = path + ".tmp"
+    extension = "json" if vocab_size is None else "npy"
     count = 0
     with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sequence in sequences:
-            content = json.dumps(sequence.tolist(), separators=(",", ":")).encode()
-            member = tarfile.TarInfo(f"{first_key + count:08d}.json")  # mtime, uid and gid stay 0
+            member = tarfile.TarInfo(f"{first_key + count:08d}.{extension}")  # mtime, uid and gid stay 0
+            try:
+                content = _json(sequence) if vocab_size is None else encode_npy(sequence, vocab_size)
+            except Malformed as error:
+                raise UserError(f"sample {member.name} for {path} is {error}: use the model's tokenizer.") from None
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
             count += 1
     os.replace(unfinished, path)
+    offsets.forget(path)
     return count
 
 
-class ShardIndex:
-    """Random access to the samples of a local, uncompressed tar, after one scan of its headers.
+def _json(sequence: np.ndarray) -> bytes:
+    return json.dumps(sequence.tolist(), separators=(",", ":")).encode()
 
-    Reads with ``pread``, which moves no shared file offset: processes forked from this one can read too.
+
+class ShardIndex:
+    """Random access to the samples of an uncompressed tar, local or fetched whole into the cache of remote shards.
+
+    Its headers are scanned once; where the samples lie is then kept in a small file (see offsets). Reads with
+    ``pread``, which moves no shared file offset: processes forked from this one can read too.
 
     Args:
-        data_key: the samples' extension: json, json.gz or txt; ``auto`` takes the first of these that the shard has.
+        path: a local path or a URL.
+        data_key: the samples' extension: npy, json, json.gz or txt; ``auto`` takes the first of these that the shard
+            has.
         expected: the number of samples that the manifest promises.
+        cache_gb: what the cache of remote shards may hold.
 
     Raises:
-        UserError: the shard is missing, remote, no plain tar, empty, lacks the key or has another number of samples.
+        UserError: the shard is missing, no plain tar, empty, lacks the key or has another number of samples.
     """
 
-    def __init__(self, path: str | os.PathLike[str], data_key: str = "auto", expected: int | None = None) -> None:
-        self.path = local(path)
-        self._file = _open(self.path)
-        members = _scan(self.path, self._file)
-        self.data_key = _choose_key(self.path, data_key, list(members))
-        self.samples = members[self.data_key]
-        if expected is not None and len(self.samples) != expected:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        data_key: str = "auto",
+        expected: int | None = None,
+        cache_gb: float = remote.CACHE_GB,
+    ) -> None:
+        self.name = local(path, remote=True)
+        self.path, self._file = self._opened(cache_gb)
+        members = offsets.load(self.path)
+        if members is None:
+            members = _scan(self.name, self._file)
+            offsets.save(self.path, members)
+        self.data_key = _choose_key(self.name, data_key, list(members))
+        self.spans = members[self.data_key]
+        if expected is not None and len(self) != expected:
             raise UserError(
-                f"shard {self.path} holds {len(self.samples)} samples and its manifest says {expected}: copy the shard "
+                f"shard {self.name} holds {len(self)} samples and its manifest says {expected}: copy the shard "
                 "again, or name the tars themselves in --train-data, which counts their samples."
             )
 
+    def _opened(self, cache_gb: float) -> tuple[str, BinaryIO]:
+        if not remote.is_remote(self.name):
+            return self.name, _open(self.name, self.name)
+        for _ in range(3):  # another process may make room between the fetch and the opening
+            path = str(remote.fetch(self.name, cache_gb, keep=open_paths))
+            with _open_lock:
+                self.path = path
+                _open_indices.add(self)
+            try:
+                return path, _open(path, self.name)
+            except UserError:
+                if os.path.exists(path):
+                    raise
+        raise UserError(f"shard {self.name} is removed from the cache as soon as it is there: raise --data-cache-gb.")
+
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.spans)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -80,29 +131,32 @@ class ShardIndex:
         Raises:
             UserError: the sample is corrupt.
         """
-        _, offset, size = self.samples[i]
-        content = os.pread(self._file.fileno(), size, offset)
+        return self._stored(i).astype(np.int64, copy=False)
+
+    def _stored(self, i: int) -> np.ndarray:
+        """All tokens of sample ``i`` in the dtype that they are stored in."""
+        offset, size = self.spans[i].tolist()
         try:
-            tokens = np.asarray(_decode(content, self.data_key))
-        except (ValueError, EOFError, OSError, zlib.error) as error:
-            raise self._corrupt(i) from error
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind != "i"):
-            raise self._corrupt(i)
-        return tokens.astype(np.int64, copy=False)
+            return decode(os.pread(self._file.fileno(), size, offset), self.data_key)
+        except Malformed as error:
+            raise UserError(f"{self._name(i)} is corrupt, {error}: copy or prepare this shard again.") from error
 
     def read_sequence(self, i: int, seq_len: int, vocab_size: int) -> np.ndarray:
-        """The first seq_len + 1 tokens of sample ``i``, int64 (seq_len + 1,).
+        """The first seq_len + 1 tokens of sample ``i``, (seq_len + 1,) of the integer dtype that they are stored in.
 
         Raises:
             UserError: the sample is corrupt or shorter, or one of these tokens is not in [0, vocab_size).
         """
-        tokens = self.read(i)[: seq_len + 1]
+        tokens = self._stored(i)[: seq_len + 1]
         if len(tokens) < seq_len + 1:
             raise UserError(
                 f"{self._name(i)} has {len(tokens)} tokens, fewer than the {seq_len + 1} that length {seq_len} needs: "
                 f"train with --seq-len {len(tokens) - 1} or less, or prepare longer sequences."
             )
-        low, high = int(tokens.min()), int(tokens.max())
+        unsigned = tokens.dtype.kind == "u"
+        if unsigned and vocab_size >> 8 * tokens.itemsize:  # every value of the dtype is a token
+            return tokens
+        low, high = 0 if unsigned else int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size:
             raise UserError(
                 f"{self._name(i)} has token id {low if low < 0 else high}, outside the model's vocabulary "
@@ -110,61 +164,62 @@ class ShardIndex:
             )
         return tokens
 
+    def key(self, i: int) -> str:
+        """The name of sample ``i`` without its extension, from the tar's header."""
+        header = os.pread(self._file.fileno(), 100, int(self.spans[i, 0]) - tarfile.BLOCKSIZE)
+        return os.path.basename(header.split(b"\0")[0].decode(errors="replace")).partition(".")[0]
+
     def _name(self, i: int) -> str:
-        return f"shard {self.path} sample {self.samples[i][0]}.{self.data_key}"
-
-    def _corrupt(self, i: int) -> UserError:
-        return UserError(f"{self._name(i)} is corrupt, not a list of token ids: copy or prepare this shard again.")
+        return f"shard {self.name} sample {self.key(i)}.{self.data_key}"
 
 
-def _open(path: str) -> BinaryIO:
+def open_paths() -> set[str]:
+    """The cached files of remote shards that this process has open."""
+    with _open_lock:
+        return {index.path for index in _open_indices}
+
+
+def _open(path: str, name: str) -> BinaryIO:
     try:
         file = open(path, "rb")  # noqa: SIM115 (the index keeps it open)
     except OSError as error:
-        raise UserError(f"cannot open shard {path} ({error.strerror}): check the path, or copy it there.") from None
+        raise UserError(f"cannot open shard {name} ({error.strerror}): check the path, or copy it there.") from None
     if os.fstat(file.fileno()).st_size == 0:
         file.close()
-        raise UserError(f"shard {path} is an empty file: copy or prepare it again.")
+        raise UserError(f"shard {name} is an empty file: copy or prepare it again.")
     return file
 
 
-def _scan(path: str, file: BinaryIO) -> dict[str, list[tuple[str, int, int]]]:
-    """Extension -> its (sample key, offset, size in bytes); names are split at the first dot, as webdataset does."""
-    members: dict[str, list[tuple[str, int, int]]] = {}
+def _scan(name: str, file: BinaryIO) -> Members:
+    """Extension -> int64 (samples, 2), offset and bytes; names are split at the first dot, as webdataset does."""
+    members: dict[str, list[tuple[int, int]]] = {}
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                key, _, extension = os.path.basename(member.name).partition(".")
+                extension = os.path.basename(member.name).partition(".")[2]
                 if member.isfile():
-                    members.setdefault(extension, []).append((key, member.offset_data, member.size))
+                    members.setdefault(extension, []).append((member.offset_data, member.size))
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("its end is missing")  # tarfile takes a broken header for the end
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"shard {path} is not a whole, uncompressed tar file ({error}): copy it again, or unpack its compression."
+            f"shard {name} is not a whole, uncompressed tar file ({error}): copy it again, or unpack its compression."
         ) from None
     if not members:
-        raise UserError(f"shard {path} holds no samples: prepare it again, or take it out of the manifest.")
-    return members
+        raise UserError(f"shard {name} holds no samples: prepare it again, or take it out of the manifest.")
+    return {extension: np.array(spans, dtype=np.int64) for extension, spans in members.items()}
 
 
-def _choose_key(path: str, data_key: str, present: list[str]) -> str:
+def _choose_key(name: str, data_key: str, present: list[str]) -> str:
     if data_key == "auto":
         found = [key for key in DATA_KEYS if key in present]
         if not found:
-            raise UserError(f"shard {path} holds {', '.join(present)} files and no samples of {', '.join(DATA_KEYS)}.")
+            raise UserError(f"shard {name} holds {', '.join(present)} files and no samples of {', '.join(DATA_KEYS)}.")
         return found[0]
     if data_key not in DATA_KEYS:
         raise UserError(f"--data-key {data_key} is not known; it is one of: {nearest(data_key, ('auto', *DATA_KEYS))}.")
     if data_key not in present:
-        raise UserError(f"shard {path} holds no {data_key} samples but {', '.join(present)}: set --data-key to match.")
+        raise UserError(f"shard {name} holds no {data_key} samples but {', '.join(present)}: set --data-key to match.")
     return data_key
-
-
-def _decode(content: bytes, data_key: str) -> list[int]:
-    """Raises ValueError, EOFError, OSError or zlib.error where the content is not what the key says."""
-    if data_key == "txt":  # OpenLM writes a Python list here, which need not be JSON
-        return [int(word) for word in content.decode().strip().strip("[]()").replace(",", " ").split()]
-    return json.loads(gzip.decompress(content) if data_key == "json.gz" else content)

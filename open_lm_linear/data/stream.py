@@ -3,8 +3,7 @@
 The state of the data is one integer, the number of samples seen: a run resumes at any step, on any number of ranks and
 worker processes, and reads what the uninterrupted run would have read.
 
-Epoch e visits the shards in a permutation given by (seed, e), and the samples of shard s in one given by (seed, e, s).
-No permutation over all samples is ever made, so a corpus of 10^11 tokens costs no more memory than a small one.
+Which sample comes when is said by ``order``; here samples become batches.
 """
 
 from __future__ import annotations
@@ -16,19 +15,21 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from open_lm_linear.cli import UserError
 from open_lm_linear.data.manifest import CARD, MANIFEST, Shard, local, read_dataset_card, read_manifest
-from open_lm_linear.data.shards import ShardIndex
+from open_lm_linear.data.order import EpochOrder, Key, Order, check_weights, random
+from open_lm_linear.data.remote import CACHE_GB, Ahead, beside, is_remote, suffix, within
+from open_lm_linear.data.shards import ShardIndex, open_paths
 
 if TYPE_CHECKING:
     import torch
 
-OPEN_SHARDS = 8  # per process; an epoch reads one shard after the other
+OPEN_SHARDS = 2  # per process; an epoch reads one shard after the other
+RESAMPLED_SHARDS = 64  # independent draws come back to all of them
 CHECKED_SHARDS = 1000  # `check` opens at most this many; every other shard is checked when its turn comes
 VOCABULARY_PADDING = 512  # a model may have this many rows more than its tokenizer has tokens
 
@@ -38,31 +39,54 @@ class DataConfig:
     """The data."""
 
     train_data: tuple[str, ...] = ()
-    """Training data: manifest.jsonl paths, their folders, or tars with braces such as shard-{00000..00012}.tar."""
+    """Training data: manifest.jsonl paths, their folders, or tars with braces such as shard-{00000..00012}.tar; on this
+    machine or behind s3://, gs:// or https://. Remote tars want a manifest: named alone they are
+    fetched to be counted."""
     dataset_manifest: tuple[str, ...] = ()
     """OpenLM's name for manifests of training data; added to --train-data."""
+    train_data_mix_weights: tuple[float, ...] | None = None
+    """Share of the samples that comes from each path of --train-data; each is read in an order of its own. An epoch
+    without --train-num-samples then ends where the first of them is used up. None: all data once an epoch."""
+    multiple_data_passes: bool = False
+    """Let a run read data more than once; without it a run that would is refused."""
+    dataset_resampled: bool = False
+    """Draw samples with replacement, each on its own. Best with local data, as every sample is from another shard."""
     val_data: tuple[str, ...] = ()
-    """Validation data, named as training data is."""
+    """Validation data, named as training data is; NAME=PATH gives a set its name in the results."""
     val_num_samples: int | None = None
-    """Tokens of validation data to use at most (OpenLM's name; it counts tokens). None: all."""
+    """Tokens of each validation set to use at most (OpenLM's name; it counts tokens). None: all."""
+    val_iter_ci: int = 1000
+    """Resamples of the validation sequences for the loss's 95 % interval (bootstrap). 0: none."""
     data_key: str = "auto"
-    """Extension of the samples in the tars: json, json.gz or txt. auto: the first of these that a shard has."""
+    """Extension of the samples in the tars: npy, json, json.gz or txt. auto: the first of these that a shard has."""
+    data_cache_gb: float = CACHE_GB
+    """What fetched shards may take on this machine's disk, in 10^9 bytes; those longest unused make room."""
     seq_len: int | None = None
     """Tokens that the model reads per sequence. None: the model's own length."""
     workers: int = 1
     """Processes per rank that read ahead; 0 reads in the training process. The order never depends on it."""
     dataset_type: Literal["auto", "webdataset", "synthetic"] = "auto"
     """synthetic: pseudo-random tokens, no files. auto and webdataset: shards."""
+    target_mask_left: int | None = None
+    """Token id: in each sample everything up to and including the last such token is no target."""
+    target_mask_individual: int | None = None
+    """Token id that is never a target."""
+    squash_mask_left: bool = False
+    """With --target-mask-left: take that token itself out of the sequence."""
+    reset_state_at_document: bool = False
+    """Begin the model's state anew after each document separator: packed documents do not see each other."""
+    document_separator: int | None = None
+    """Token id that ends a document. None: the one that dataset.json beside the training data names."""
 
 
-def shards_of(sources: Iterable[str], data_key: str = "auto") -> list[Shard]:
+def shards_of(sources: Iterable[str], data_key: str = "auto", cache_gb: float = CACHE_GB) -> list[Shard]:
     """The shards that ``sources`` name (see DataConfig.train_data), in order; tars are opened and counted."""
     shards: list[Shard] = []
     for path in _files(sources):
-        if path.endswith(".jsonl"):
+        if suffix(path) == ".jsonl":
             shards += read_manifest(path)
-        elif path.endswith(".tar"):
-            shards.append(Shard(path, len(ShardIndex(path, data_key))))
+        elif suffix(path) == ".tar":
+            shards.append(Shard(path, len(ShardIndex(path, data_key, cache_gb=cache_gb))))
         else:
             raise UserError(f"{path} is no data: give a {MANIFEST}, its folder, or shards whose names end in .tar.")
     return shards
@@ -70,8 +94,20 @@ def shards_of(sources: Iterable[str], data_key: str = "auto") -> list[Shard]:
 
 def _files(sources: Iterable[str]) -> list[str]:
     """Manifests and tars: braces expanded, and a folder replaced by the manifest in it."""
-    paths = [path for source in sources for path in expand_braces(local(source))]
-    return [os.path.join(path, MANIFEST) if os.path.isdir(path) else path for path in paths]
+    paths = [path for source in sources for path in expand_braces(local(source, remote=True))]
+    return [_manifest_in(path) for path in paths]
+
+
+def _manifest_in(path: str) -> str:
+    if is_remote(path):
+        return path if suffix(path) in (".jsonl", ".tar") else within(path, MANIFEST)
+    return os.path.join(path, MANIFEST) if os.path.isdir(path) else path
+
+
+def named(source: str) -> tuple[str, str]:
+    """(name, path) of validation data given as NAME=PATH; a path without a name is its own."""
+    found = re.fullmatch(r"([\w.-]+)=(.+)", source)
+    return (found[1], found[2]) if found and not os.path.exists(source) else (source, source)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -92,31 +128,45 @@ class TokenDataset:
     ``counts``: int64 (number of shards,), samples per shard. ``len(dataset)``: samples in all.
     """
 
-    def __init__(self, shards: list[Shard], seq_len: int, vocab_size: int, data_key: str = "auto") -> None:
+    def __init__(
+        self,
+        shards: list[Shard],
+        seq_len: int,
+        vocab_size: int,
+        data_key: str = "auto",
+        cache_gb: float = CACHE_GB,
+        keep_open: int = OPEN_SHARDS,
+    ) -> None:
         self.shards, self.seq_len, self.vocab_size, self.data_key = shards, seq_len, vocab_size, data_key
+        self.cache_gb, self.keep_open = cache_gb, keep_open
         self.counts = np.array([shard.num_sequences for shard in shards], dtype=np.int64)
         self._open: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._ahead = Ahead(cache_gb)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
-    def __getitem__(self, pair: tuple[int, int]) -> np.ndarray:
-        """int64 (seq_len + 1,).
+    def __getitem__(self, key: tuple[int, ...]) -> np.ndarray:
+        """The sample (shard, sample), or (shard, sample, shard to fetch meanwhile): (seq_len + 1,) of an integer dtype.
 
         Raises:
             UserError: a missing or wrong shard or sample; the message names it.
         """
-        shard, sample = pair
-        return self.index(shard).read_sequence(sample, self.seq_len, self.vocab_size)
+        shard, sample, *following = key
+        tokens = self.index(shard).read_sequence(sample, self.seq_len, self.vocab_size)
+        if following and following[0] >= 0 and is_remote(self.shards[following[0]].path):
+            self._ahead.start(self.shards[following[0]].path, open_paths)
+        return tokens
 
     def index(self, shard: int) -> ShardIndex:
         """The opened shard; the last few used stay open."""
         if shard not in self._open:
+            while len(self._open) >= self.keep_open:  # before the next is fetched, so that its file may make room
+                self._open.popitem(last=False)
             path, count = self.shards[shard].path, self.shards[shard].num_sequences
-            self._open[shard] = ShardIndex(path, self.data_key, expected=count)
+            self._ahead.wait(path)
+            self._open[shard] = ShardIndex(path, self.data_key, expected=count, cache_gb=self.cache_gb)
         self._open.move_to_end(shard)
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,63 +180,42 @@ class SyntheticTokens:
         self.seed, self.seq_len, self.vocab_size = seed, seq_len, vocab_size
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return (_random(self.seed, index, 0, self.seq_len + 1) % np.uint64(self.vocab_size)).astype(np.int64)
-
-
-class EpochOrder:
-    """The order of one epoch: position 0 .. total - 1 -> (shard number, sample number), each pair exactly once."""
-
-    def __init__(self, seed: int, epoch: int, counts: np.ndarray) -> None:
-        self.seed, self.epoch, self.counts = seed, epoch, counts
-        self.shards = _permutation(seed, epoch, 0, len(counts))
-        self.ends = np.cumsum(counts[self.shards])  # the position at which each visited shard is over
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        visit = int(np.searchsorted(self.ends, position, side="right"))
-        shard = int(self.shards[visit])
-        count = int(self.counts[shard])
-        within = position - (int(self.ends[visit]) - count)
-        return shard, int(_permutation(self.seed, self.epoch, 1 + shard, count)[within])
+        return (random(self.seed, index, 0, self.seq_len + 1) % np.uint64(self.vocab_size)).astype(np.int64)
 
 
 def order(seed: int, epoch: int, dataset: TokenDataset) -> EpochOrder:
-    """The order in which epoch ``epoch`` visits ``dataset``, a pure function of its arguments."""
+    """The order in which epoch ``epoch`` visits ``dataset``, all of it one source: a pure function of its arguments."""
     return EpochOrder(seed, epoch, dataset.counts)
-
-
-@lru_cache(maxsize=16)
-def _permutation(seed: int, epoch: int, stream: int, n: int) -> np.ndarray:
-    return np.argsort(_random(seed, epoch, stream, n), kind="stable")
-
-
-def _random(seed: int, a: int, b: int, n: int) -> np.ndarray:
-    """n uint64 of the Philox stream that (seed, a, b) names.
-
-    Raw words, since numpy promises these to stay the same over its versions and ``Generator.permutation`` not to.
-    """
-    key, counter = np.array([seed % 2**64, a], dtype=np.uint64), np.array([0, 0, 0, b], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(n)
-
-
-def locate(seed: int, dataset: TokenDataset) -> Callable[[int], tuple[int, int]]:
-    """A function from the global index (0, 1, ... without end, epoch after epoch) to (shard number, sample number)."""
-    total = len(dataset)
-    epoch_order = lru_cache(maxsize=2)(lambda epoch: order(seed, epoch, dataset))
-
-    def pair(index: int) -> tuple[int, int]:
-        epoch, position = divmod(index, total)
-        return epoch_order(epoch)[position]
-
-    return pair
 
 
 def count_sequences(cfg: DataConfig) -> int:
     """Training sequences in one epoch, read from the manifests (tars that are named directly are counted).
 
+    With weights an epoch ends where the first source is used up: the most samples that repeat none.
+
     Raises:
-        UserError: no training data is given, or a manifest or a tar is missing or wrong.
+        UserError: no training data is given, a manifest or a tar is missing or wrong, or the weights do not fit.
     """
-    return sum(shard.num_sequences for shard in shards_of(_train_sources(cfg), cfg.data_key))
+    training = _training_order(cfg, seed=0)
+    return training.schedule.one_pass(training.sizes)
+
+
+def check_passes(cfg: DataConfig, samples: int) -> None:
+    """Refuses a run of ``samples`` sequences that reads a source more than once without being told to.
+
+    Raises:
+        UserError: it does; the sentence names the source.
+    """
+    if cfg.multiple_data_passes or cfg.dataset_resampled or cfg.dataset_type == "synthetic":
+        return
+    training = _training_order(cfg, seed=0)
+    names = _train_sources(cfg) if cfg.train_data_mix_weights else ("the training data",)
+    for name, needed, size in zip(names, training.schedule.counts(samples), training.sizes, strict=True):
+        if needed > size:
+            raise UserError(
+                f"this run reads {needed:,} sequences of {name}, which holds {size:,}: lower --train-num-samples or "
+                "--epochs, or pass --multiple-data-passes to read it more than once."
+            )
 
 
 def _train_sources(cfg: DataConfig) -> tuple[str, ...]:
@@ -194,6 +223,24 @@ def _train_sources(cfg: DataConfig) -> tuple[str, ...]:
     if not sources:
         raise UserError("no training data: give --train-data DIR/manifest.jsonl, or --dataset-type synthetic.")
     return sources
+
+
+def _train_shards(cfg: DataConfig) -> list[list[Shard]]:
+    """The shards of every source of training data."""
+    sources = _train_sources(cfg)
+    if cfg.train_data_mix_weights is not None:
+        check_weights(cfg.train_data_mix_weights, len(sources))
+    return [shards_of([source], cfg.data_key, cfg.data_cache_gb) for source in sources]
+
+
+def _training_order(cfg: DataConfig, seed: int, sources: list[list[Shard]] | None = None) -> Order:
+    counts = [[shard.num_sequences for shard in source] for source in sources or _train_shards(cfg)]
+    return Order(seed, counts, cfg.train_data_mix_weights, cfg.dataset_resampled)
+
+
+def _dataset(shards: list[Shard], cfg: DataConfig, seq_len: int, vocab_size: int, sources: int = 1) -> TokenDataset:
+    keep_open = RESAMPLED_SHARDS if cfg.dataset_resampled else max(OPEN_SHARDS, 2 * sources)
+    return TokenDataset(shards, seq_len, vocab_size, cfg.data_key, cfg.data_cache_gb, keep_open)
 
 
 def global_batches(
@@ -226,11 +273,16 @@ def global_batches(
     if cfg.dataset_type == "synthetic":
         dataset, item = SyntheticTokens(seed, seq_len, vocab_size), int
     else:
-        dataset = TokenDataset(shards_of(_train_sources(cfg), cfg.data_key), seq_len, vocab_size, cfg.data_key)
-        item = locate(seed, dataset)
+        sources = _train_shards(cfg)
+        dataset = _dataset([shard for source in sources for shard in source], cfg, seq_len, vocab_size, len(sources))
+        item = _training_order(cfg, seed, sources).__getitem__
     share = global_batch_size // world_size
     starts = itertools.count(samples_seen + rank * share, global_batch_size)
     return _load(dataset, ([item(i) for i in range(start, start + share)] for start in starts), cfg.workers)
+
+
+def _val_shards(cfg: DataConfig) -> list[Shard]:
+    return shards_of([named(source)[1] for source in cfg.val_data], cfg.data_key, cfg.data_cache_gb)
 
 
 def validation_batches(
@@ -248,7 +300,7 @@ def validation_batches(
         UserError: ``val_num_samples`` is less than one sequence, or a manifest, shard or sample is wrong.
     """
     assert cfg.seq_len in (None, seq_len), "the caller resolves cfg.seq_len"
-    dataset = TokenDataset(shards_of(cfg.val_data, cfg.data_key), seq_len, vocab_size, cfg.data_key)
+    dataset = _dataset(_val_shards(cfg), cfg, seq_len, vocab_size)
     total = len(dataset)
     if cfg.val_num_samples is not None:
         if cfg.val_num_samples < seq_len:
@@ -256,7 +308,12 @@ def validation_batches(
                 f"--val-num-samples {cfg.val_num_samples} is less than the {seq_len} tokens of one sequence."
             )
         total = min(total, cfg.val_num_samples // seq_len)
-    in_order = ((shard, sample) for shard, count in enumerate(dataset.counts) for sample in range(count))
+    last = len(dataset.shards) - 1
+    in_order = (
+        Key(shard, sample, shard + 1 if shard < last else -1)
+        for shard, count in enumerate(dataset.counts)
+        for sample in range(count)
+    )
     pairs = itertools.islice(in_order, total)
     batches = iter(lambda: list(itertools.islice(pairs, global_batch_size)), [])
     return _load(dataset, (batch[rank::world_size] for batch in batches), cfg.workers)
@@ -272,10 +329,12 @@ class _Batches:
         import torch
 
         try:
-            rows = [self.dataset[key] for key in keys]
+            rows = np.empty((len(keys), self.dataset.seq_len + 1), dtype=np.int64)
+            for row, key in zip(rows, keys, strict=True):
+                row[:] = self.dataset[key]
         except UserError as error:
             return error  # raised by _load: DataLoader would bury the sentence in a worker's traceback
-        return torch.from_numpy(np.stack(rows) if rows else np.empty((0, self.dataset.seq_len + 1), dtype=np.int64))
+        return torch.from_numpy(rows)
 
 
 def _load(
@@ -301,29 +360,55 @@ def _load(
 def check(cfg: DataConfig, seq_len: int, vocab_size: int) -> None:
     """Fails before training does: reads the manifests, opens shards, counts their samples and reads the first of each.
 
-    At most CHECKED_SHARDS shards, evenly spaced, are opened; the others must exist.
+    At most CHECKED_SHARDS local shards, evenly spaced, are opened; the others must exist. Of remote shards one a folder
+    is fetched.
 
     Raises:
         UserError: no training data, or data that is missing, disagrees with its manifest or does not fit the model.
     """
     if cfg.workers < 0:
         raise UserError(f"--workers {cfg.workers} is less than 0; 0 reads in the training process.")
-    sources = cfg.val_data
+    if not cfg.data_cache_gb > 0:
+        raise UserError(f"--data-cache-gb {cfg.data_cache_gb} is not above 0.")
+    if cfg.val_iter_ci < 0:
+        raise UserError(f"--val-iter-ci {cfg.val_iter_ci} is less than 0; 0 makes no interval.")
+    sources: tuple[str, ...] = tuple(named(source)[1] for source in cfg.val_data)
+    shards = _val_shards(cfg)
     if cfg.dataset_type == "synthetic":
         if cfg.train_data or cfg.dataset_manifest:
             warnings.warn("--dataset-type synthetic: the training data given is not read.", stacklevel=2)
     else:
-        sources = _train_sources(cfg) + sources
+        sources += _train_sources(cfg)
+        shards += [shard for source in _train_shards(cfg) for shard in source]
     for path in _files(sources):
-        if path.endswith(".jsonl"):
+        if suffix(path) == ".jsonl":
             _check_card(path, seq_len, vocab_size)
-    shards = shards_of(sources, cfg.data_key)
-    for shard in shards:
+    near = [shard for shard in shards if not is_remote(shard.path)]
+    for shard in near:
         if not os.path.isfile(shard.path):
             raise UserError(f"shard {shard.path} is missing: copy it there, or take it out of its manifest.")
-    dataset = TokenDataset(shards, seq_len, vocab_size, cfg.data_key)
-    for number in range(0, len(shards), 1 + len(shards) // CHECKED_SHARDS):
+    far = {os.path.dirname(shard.path): shard for shard in shards if is_remote(shard.path)}  # one of each folder
+    opened = near[:: 1 + len(near) // CHECKED_SHARDS] + list(far.values())
+    dataset = _dataset(opened, cfg, seq_len, vocab_size)
+    for number in range(len(opened)):
         dataset[number, 0]
+
+
+def separator_of(cfg: DataConfig) -> int:
+    """The end-of-document token of the training data, from the cards beside its manifests.
+
+    Raises:
+        UserError: no card says it, or two disagree.
+    """
+    paths = [] if cfg.dataset_type == "synthetic" else _files(_train_sources(cfg))
+    cards = [read_dataset_card(path) for path in paths if suffix(path) == ".jsonl"]
+    found = {card["eod_token_id"] for card in cards if card and isinstance(card.get("eod_token_id"), int)}
+    if len(found) != 1:
+        raise UserError(
+            f"the {CARD} files beside the training data name {len(found) or 'no'} end-of-document tokens: give "
+            "--document-separator TOKEN_ID."
+        )
+    return found.pop()
 
 
 def _check_card(manifest: str, seq_len: int, vocab_size: int) -> None:
@@ -331,7 +416,7 @@ def _check_card(manifest: str, seq_len: int, vocab_size: int) -> None:
     card = read_dataset_card(manifest)
     if card is None:
         return
-    path = os.path.join(os.path.dirname(manifest), CARD)
+    path = beside(manifest, CARD)
     vocabulary = card.get("vocab_size", vocab_size)
     if not vocabulary <= vocab_size < vocabulary + VOCABULARY_PADDING:
         raise UserError(

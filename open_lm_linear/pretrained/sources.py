@@ -16,6 +16,7 @@ from open_lm_linear.pretrained.gguf_files import GGUFReader
 from open_lm_linear.pretrained.places import LocalPlace, Place, find_place
 from open_lm_linear.pretrained.presets import PRESETS, Wheel, fetch_wheel
 from open_lm_linear.pretrained.readers import ModelParallelReader, Reader, SafetensorsReader, TorchReader
+from open_lm_linear.pretrained.shards import ShardsReader
 
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -140,7 +141,11 @@ def _open_checkpoint(place: Place, name: str) -> Source:
     """A checkpoint of a run of ours, or a converted copy."""
     record = checkpoint.require_files(place.text("state.json") if "state.json" in place else "", place.files(), name)
     config = ModelConfig.from_json(place.json("model.json"), source=f"{name}/model.json")
-    reader = SafetensorsReader(place, _listed(place, INDEX, ["model.safetensors"]))
+    reader: Reader = (
+        ShardsReader(place)
+        if checkpoint.SHARDS in place
+        else SafetensorsReader(place, _listed(place, INDEX, ["model.safetensors"]))
+    )
     found = Source(name, "open_lm_linear", config, reader, {}, config.positional_embedding_type, place=place)
     found.keys = {key: (key,) for key in reader.names()}
     found.checksums = dict(record.get("sha256", {}))
