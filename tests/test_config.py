@@ -12,7 +12,7 @@ import yaml
 
 from open_lm_linear.architecture import ModelConfig, shipped
 from open_lm_linear.cli import UserError
-from open_lm_linear.config import Config, from_cli, read_run_config, write_run_config
+from open_lm_linear.config import Config, from_cli, read_run_config, stages_from_cli, write_run_config
 from open_lm_linear.model import read_config
 from open_lm_linear.pretrained import PRESETS
 from open_lm_linear.retired import RETIRED
@@ -111,12 +111,10 @@ def test_every_shipped_recipe_is_read_and_every_shipped_model_is_built() -> None
 
     recipes, models = shipped("runs", ".yaml"), shipped("models", ".json")
     assert {p.recipe for p in PRESETS.values()} <= set(recipes)
-    for name in recipes:
-        cfg = from_cli(["--config", name, "--pretrained", "smollm2", "--attn-name", "linear", "--train-data", "x"])
-        steps = (
-            (cfg.run.train_num_samples or 0) * cfg.run.epochs // (cfg.run.global_batch_size * (cfg.data.seq_len or 1))
-        )
-        cfg.optim.check(steps)
+    words = ["--pretrained", "smollm2", "--attn-name", "linear", "--train-data", "x"]
+    for cfg in (cfg for name in recipes for cfg in stages_from_cli(["--config", name, *words])):
+        tokens = (cfg.run.train_num_samples or 0) * cfg.run.epochs
+        cfg.optim.check(tokens // (cfg.run.global_batch_size * (cfg.data.seq_len or 1)))
     for name in models:
         config = read_config(name)
         assert isinstance(config, ModelConfig)
@@ -150,7 +148,7 @@ def test_openlm_flags_are_taken_or_answered() -> None:
 
 def test_help_answers_at_once_and_without_torch() -> None:
     code = (
-        "import sys\nfrom open_lm_linear.config import from_cli\n"
+        "import sys\nfrom open_lm_linear.config import stages_from_cli, from_cli\n"
         "try: from_cli(['--help'])\nexcept SystemExit as e: assert not e.code\n"
         "assert 'torch' not in sys.modules"
     )

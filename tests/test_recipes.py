@@ -22,12 +22,18 @@ from safetensors.torch import load_file, save_file
 
 from open_lm_linear.architecture import shipped
 from open_lm_linear.checkpoint import latest
-from open_lm_linear.config import Config, from_cli
+from open_lm_linear.config import Config, from_cli, stages_from_cli
 from open_lm_linear.model import Transformer, create_model, read_config
-from open_lm_linear.train import train
+from open_lm_linear.train import train, train_stages
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(shipped("runs", ".yaml"))
+FILES = {name: yaml.safe_load(path.read_text()) for name, path in sorted(shipped("runs", ".yaml").items())}
+# Of a file with stages each by itself: NAME, stage NUMBER.
+RECIPES = [
+    label
+    for name, values in FILES.items()
+    for label in ([f"{name}, stage {i}" for i in range(len(values["stages"]))] if "stages" in values else [name])
+]
 SCRIPTS = sorted(p.name for kind in ("*.sh", "*.sbatch") for p in (ROOT / "training").glob(kind))
 STEP = 1024 * 2048  # the paper's 2M tokens
 
@@ -40,19 +46,32 @@ PAPER: dict[str, tuple[int, float, str, str]] = {
     "linear_1b_scratch_100b": (10**11, 3e-4, "all", "linear_1b"),
     "open_lm_1b_supra_10b": (10**10, 3e-4, "all", "open_lm_1b"),
     "open_lm_1b_new_weights_10b": (10**10, 3e-4, "new", "open_lm_1b"),
-    "open_lm_1b_two_step_1": (5 * 10**9, 3e-4, "new", "open_lm_1b"),
-    "open_lm_1b_two_step_2": (5 * 10**9, 3e-4, "all", "open_lm_1b"),
+    "open_lm_1b_two_step, stage 0": (5 * 10**9, 3e-4, "new", "open_lm_1b"),
+    "open_lm_1b_two_step, stage 1": (5 * 10**9, 3e-4, "all", "open_lm_1b"),
 }
 OURS = {"demo", "llama3_8b_supra_20b", "smollm2_supra"}
 LIKE = {**{name: row[3] for name, row in PAPER.items()}, **dict.fromkeys(OURS, "mistral_7b")}  # what is made small
 
 
+def values_of(name: str) -> dict[str, Any]:
+    """What the file says of a recipe, its stage's own flags over the others."""
+    file, _, stage = name.partition(", stage ")
+    values = dict(FILES[file])
+    own = values.pop("stages")[int(stage)] if stage else {}
+    return {**values, **own}
+
+
+def started(name: str, *words: str) -> Config:
+    """The configuration of a recipe, or of its stage, with these flags."""
+    file, _, stage = name.partition(", stage ")
+    return stages_from_cli(["--config", file, *words])[int(stage or 0)]
+
+
 def recipe(name: str, *more: str) -> Config:
     """A recipe as its user would start it; the recipes of presets name no weights."""
-    values = yaml.safe_load(shipped("runs", ".yaml")[name].read_text())
-    whole = "model" in values or "pretrained" in values
+    whole = "model" in values_of(name) or "pretrained" in values_of(name)
     weights = [] if whole else ["--pretrained", "smollm2", "--attn-name", "linear"]
-    return from_cli(["--config", name, *weights, "--train-data", "DATA/train/manifest.jsonl", *more])
+    return started(name, *weights, "--train-data", "DATA/train/manifest.jsonl", *more)
 
 
 def steps_of(cfg: Config) -> int:
@@ -70,9 +89,11 @@ def test_every_recipe_is_the_papers_or_ours() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_what_it_means_and_every_key_is_taken(name: str) -> None:
     cfg = recipe(name)
-    values = yaml.safe_load(shipped("runs", ".yaml")[name].read_text())
+    staged = {"stage_name", "name", "logs", "pretrained"} if ", stage" in name else set()
     flat = cfg.flat()
-    for key, value in values.items():
+    for key, value in values_of(name).items():
+        if key in staged:
+            continue
         found = flat[key]
         assert key == "train_data" or found == ([value] if isinstance(found, list) else value), key
     cfg.optim.check(steps_of(cfg))
@@ -124,12 +145,14 @@ def test_a_recipe_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         (tmp_path / "model.json").write_text(json.dumps(values))
         model = ["--model", str(tmp_path / "model.json")]
     else:
-        swapped = "linear" if name.endswith("two_step_2") else None
+        swapped = "linear" if name.endswith("stage 1") else None
         model = ["--pretrained", str(saved(tmp_path / "teacher", values, swapped))]
     linear = [] if cfg.model.model else ["--attn-name", "linear"]
     one_by_one = ["--accum-freq", str(cfg.run.global_batch_size)]
     where = ["--dataset-type", "synthetic", "--device", "cpu", "--logs", str(tmp_path / "logs"), "--dry-run"]
-    dry = from_cli(["--config", name, *model, *linear, *one_by_one, *where])
+    dry = started(name, *model, *linear, *one_by_one, *where)
+    if name.endswith("stage 1"):  # what stage 0 would have left
+        dry = replace(dry, model=replace(dry.model, pretrained=str(tmp_path / "teacher")))
     dry = replace(dry, data=replace(dry.data, train_data=(), val_data=()))
     assert (dry.optim, dry.parallel.precision) == (cfg.optim, cfg.parallel.precision)
     assert train(dry) is None
@@ -143,19 +166,18 @@ def test_a_recipe_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert trained[1] == trained[2] != "0"
     else:
         assert trained[3] == "100.0"
-        assert (trained[1] == "0") == (bool(cfg.model.model) or name.endswith("two_step_2"))
+        assert (trained[1] == "0") == (bool(cfg.model.model) or name.endswith("stage 1"))
 
 
 def test_two_steps_one_after_the_other(tmp_path: Path) -> None:
-    """Step 1 leaves the teacher's weights as they are, step 2 starts from its run folder and trains all."""
+    """Stage 0 leaves the teacher's weights as they are, stage 1 starts from its run folder and trains all."""
     teacher = saved(tmp_path / "teacher", small("open_lm_1b", 16))
     sizes = ["--global-batch-size", "8", "--accum-freq", "1", "--train-num-samples", "256", "--seq-len", "16"]
     where = ["--dataset-type", "synthetic", "--device", "cpu", "--logs", str(tmp_path / "logs"), "--warmup", "1"]
-    runs = []
-    for step, weights in ((1, teacher), (2, tmp_path / "logs" / "open_lm_1b_two_step_1")):
-        run = train(from_cli(["--config", f"open_lm_1b_two_step_{step}", "--pretrained", str(weights), *sizes, *where]))
-        assert run is not None
-        runs.append(load_file(latest(run) / "model.safetensors"))
+    words = ["--config", "open_lm_1b_two_step", "--pretrained", str(teacher), *sizes, *where]
+    folders = train_stages(stages_from_cli(words))
+    assert [f.name for f in folders] == ["stage_0_feature_maps", "stage_1_everything"]
+    runs = [load_file(latest(folder) / "model.safetensors") for folder in folders]
     before, first, second = load_file(teacher / "model.safetensors"), *runs
     assert all(torch.equal(first[k], before[k]) for k in before)
     assert {k.split(".")[3] for k in set(first) - set(before)} == {"_totrain_embed"}
@@ -169,7 +191,7 @@ def test_two_steps_one_after_the_other(tmp_path: Path) -> None:
 def table() -> dict[str, list[str]]:
     lines = [li for li in (ROOT / "training" / "README.md").read_text().splitlines() if li.startswith("| `")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {row[0].strip("`"): row[1:] for row in rows}
+    return {row[0].replace("`", ""): row[1:] for row in rows}
 
 
 def test_the_table_lists_every_recipe_and_every_script() -> None:
@@ -308,12 +330,6 @@ def test_more_flags_reach_the_training(tmp_path: Path) -> None:
 def test_each_seed_has_its_own_run(tmp_path: Path) -> None:
     (cfg,) = trained("seeds.sbatch", tmp_path, RECIPE="configs/runs/open_lm_1b_supra_10b.yaml", SLURM_ARRAY_TASK_ID="7")
     assert (cfg.run.seed, cfg.run.name) == (7, "open_lm_1b_supra_10b-seed7")
-
-
-def test_the_second_step_starts_where_the_first_ended(tmp_path: Path) -> None:
-    first, second = trained("two_step.sh", tmp_path, TEACHER="somewhere.pt")
-    assert (first.model.pretrained, first.optim.train_params) == ("somewhere.pt", "new")
-    assert (Path(second.model.pretrained), second.optim.train_params) == (first.folder, "all")
 
 
 def test_a_dry_run_of_the_uptraining_measures_and_exports_nothing(tmp_path: Path) -> None:
