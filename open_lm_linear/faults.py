@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from open_lm_linear import checkpoint
 from open_lm_linear.checkpoint import TrainState
 from open_lm_linear.cli import UserError
-from open_lm_linear.metrics import rewind
+from open_lm_linear.metrics import replace_text, rewind, whole_rows
 
 if TYPE_CHECKING:
     from open_lm_linear.parallel import Context
@@ -105,19 +105,13 @@ class SampleLog:
         if not self.is_main or not self.path.exists():
             return
         rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut off by a kill
-                break
+        for _, row in whole_rows(self.path):
             first = row["first_sample"]
             if first >= state.samples:
                 break
             row["skipped"] = any(start <= first < start + count for start, count in state.skipped)
             rows.append(json.dumps(row) + "\n")
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(rows))
-        os.replace(partial, self.path)
+        replace_text(self.path, "".join(rows))
 
 
 def rewind_logs(run: Path, samples: SampleLog, state: TrainState) -> None:

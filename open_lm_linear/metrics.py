@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -142,10 +144,26 @@ def _wandb(run: Path, project: str, resolved: dict[str, Any]) -> Any:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drops the rows of a JSONL after ``step``: a resumed run writes them anew."""
+    """Drops the rows of a JSONL after ``step``, and a last one that a kill cut off: a resumed run writes them anew."""
     if path.exists():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows))
+        kept = [line for line, row in whole_rows(path) if row["step"] <= step]
+        replace_text(path, "".join(line + "\n" for line in kept))
+
+
+def whole_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a JSONL and what they say, up to one that was cut off."""
+    for line in path.read_text().splitlines():
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            return
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Gives a file another content, the old or the new one at any moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 class Window:

@@ -325,3 +325,16 @@ def test_on_a_gpu_its_memory_is_written_too(tmp_path: Path, monkeypatch: pytest.
     with gzip.open(tmp_path / "memory_1_1.json.gz", "rt") as file:
         assert json.load(file)["device_traces"] == [[]]
     assert "segments" in (tmp_path / "memory_1_1.html").read_text()
+
+
+def test_a_log_is_put_back_whatever_a_kill_left_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics.rewind(path, 3)
+    assert not path.exists()
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 4}\n{"step": 5, "lo')
+    metrics.rewind(path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    path.write_text('{"step": 1}\n{"st')
+    metrics.rewind(path, 3)
+    assert path.read_text() == '{"step": 1}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
