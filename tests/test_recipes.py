@@ -44,6 +44,7 @@ PAPER: dict[str, tuple[int, float, str, str]] = {
     "llama2_7b_supra_20b": (2 * 10**10, 3e-5, "all", "llama2_7b"),
     "open_lm_1b_softmax_100b": (10**11, 3e-4, "all", "open_lm_1b"),
     "linear_1b_scratch_100b": (10**11, 3e-4, "all", "linear_1b"),
+    "t2r_1b_scratch_100b": (10**11, 3e-4, "all", "t2r_1b"),
     "open_lm_1b_supra_10b": (10**10, 3e-4, "all", "open_lm_1b"),
     "open_lm_1b_new_weights_10b": (10**10, 3e-4, "new", "open_lm_1b"),
     "open_lm_1b_two_step, stage 0": (5 * 10**9, 3e-4, "new", "open_lm_1b"),

@@ -25,19 +25,24 @@ from open_lm_linear.ops.linear_attention import linear_attention
 from open_lm_linear.rotary import Rotary
 
 GROUP_NORM_EPS = 1e-5
+SUM_EPS = 1e-6  # the least that is divided by: a query whose features are all 0 has no weights
 
 
 @dataclass(frozen=True)
 class LinearState(State):
-    """S (B, H, K, V) in float32: sum_j gamma^(t-j) k_j v_j^T / sqrt(K) after token t."""
+    """S (B, H, K, V) in float32: sum_j gamma^(t-j) k_j v_j^T / sqrt(K) after token t.
+
+    ``Z`` (B, H, K, 1), where the normaliser is the sum: the same of unturned keys and ones.
+    """
 
     S: Tensor
+    Z: Tensor | None = None
 
     def select(self, rows: Tensor) -> LinearState:
-        return LinearState(self.S.index_select(0, rows))
+        return LinearState(self.S.index_select(0, rows), None if self.Z is None else self.Z.index_select(0, rows))
 
     def nbytes(self) -> int:
-        return self.S.numel() * self.S.element_size()
+        return sum(x.numel() * x.element_size() for x in (self.S, self.Z) if x is not None)
 
 
 class FeatureMap(nn.Module):
@@ -114,6 +119,8 @@ class LinearAttention(Attention):
         """torch's Linear initialisation, as the reference's, or relu(x) to begin with."""
         feature_dim: int | None = None
         """Features per head after the map (None: qk_head_dim)."""
+        normaliser: Literal["group_norm", "rms_norm", "sum", "none"] = "group_norm"
+        """What stands for softmax's: GroupNorm (SUPRA), RMSNorm per head, the sum of the weights (T2R), or nothing."""
         qk_norm_at: Literal["projection", "features"] = "projection"
         """Where qk_norm applies: to the projections, by the checkpoint's norms, or as the reference to the features."""
 
@@ -145,6 +152,10 @@ class LinearAttention(Attention):
             raise UserError(f"rotary embeddings need an even feature_dim, not {c.feature_dim}.")
         if c.feature_map_init not in ("default", "identity"):
             raise UserError(f"feature_map_init must be default or identity, not {c.feature_map_init!r}.")
+        if c.normaliser not in ("group_norm", "rms_norm", "sum", "none"):
+            raise UserError(f"normaliser must be group_norm, rms_norm, sum or none, not {c.normaliser!r}.")
+        if c.normaliser == "sum" and self.arch.qk_norm and c.qk_norm_at == "features":
+            raise UserError("normaliser sum needs features of 0 or more: it does not go with qk_norm_at features.")
         if c.qk_norm_at not in ("projection", "features"):
             raise UserError(f"qk_norm_at must be projection or features, not {c.qk_norm_at!r}.")
         if c.qk_norm_at == "features" and self.arch.qk_norm_per_head:
@@ -190,18 +201,29 @@ class LinearAttention(Attention):
         state: State | None = None,
     ) -> tuple[Tensor, State]:
         assert state is None or isinstance(state, LinearState)
-        q, k, v = self._features(x, positions)
+        q, k, v = self._features(x)
         log_decay = None if self.slopes is None else _log_decay(self.slopes, x.device)
         if keep is not None:
             k = k.masked_fill(~keep[:, :, None, None], 0.0)
             if log_decay is not None:
                 log_decay = log_decay * keep[:, :, None]
-        out, S = linear_attention(q, k, v, log_decay, None if state is None else state.S, first)
-        out = F.layer_norm(out.float() if out.dtype != torch.float64 else out, out.shape[-1:], eps=GROUP_NORM_EPS)
-        return self.out_proj(out.to(x.dtype).flatten(2)), LinearState(S)
+        turned_q, turned_k = self.rotary(q, k, positions)
+        out, S = linear_attention(turned_q, turned_k, v, log_decay, None if state is None else state.S, first)
+        out = out.float() if out.dtype != torch.float64 else out
+        Z = None
+        if self.config.normaliser == "sum":
+            # The weights' sum is that of unturned features, which are never negative (arXiv 2104.09864, eq. 19).
+            before = None if state is None else state.Z
+            weights, Z = linear_attention(q, k, torch.ones_like(v[..., :1]), log_decay, before, first)
+            out = out / weights.to(out.dtype).clamp(min=SUM_EPS)
+        elif self.config.normaliser == "group_norm":
+            out = F.layer_norm(out, out.shape[-1:], eps=GROUP_NORM_EPS)
+        elif self.config.normaliser == "rms_norm":
+            out = F.rms_norm(out, out.shape[-1:], eps=GROUP_NORM_EPS)
+        return self.out_proj(out.to(x.dtype).flatten(2)), LinearState(S, Z)
 
-    def _features(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Turned features of queries and keys, keys divided by sqrt(F), and values; one dtype for all three."""
+    def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of queries and keys, keys divided by sqrt(F), and values; one dtype for all three."""
         q, k, v = self._project(x)
         k = (self._totrain_embed_kv or self._totrain_embed)(k)
         q = self._totrain_embed(q)
@@ -211,17 +233,20 @@ class LinearAttention(Attention):
             k = k.repeat_interleave(groups, dim=2)
             v = v.repeat_interleave(groups, dim=2)
             q, k = norm_over_heads(self._totrain_q_norm, q), norm_over_heads(self._totrain_k_norm, k)
-        q, k = self.rotary(q.to(v.dtype), k.to(v.dtype), positions)
-        return q, k * self.features**-0.5, v
+        return q.to(v.dtype), k.to(v.dtype) * self.features**-0.5, v
 
     def flops_per_token(self, seq_len: int) -> float:
         maps = [m for m in (self._totrain_embed, self._totrain_embed_kv) if m is not None]
         shared = self._totrain_embed_kv is None  # then the one map runs on q and on k
         mapping = 2.0 * sum(m.weight.numel() for m in maps) * (2 if shared else 1)
-        return self._projection_flops() + mapping + 4.0 * self.arch.n_heads * self.features * self.arch.v_dim
+        return self._projection_flops() + mapping + 4.0 * self.arch.n_heads * self.features * self._state_width
 
     def state_bytes(self, batch: int, seq_len: int) -> int:
-        return 4 * batch * self.arch.n_heads * self.features * self.arch.v_dim
+        return 4 * batch * self.arch.n_heads * self.features * self._state_width
+
+    @property
+    def _state_width(self) -> int:
+        return self.arch.v_dim + (self.config.normaliser == "sum")
 
     @classmethod
     def complete(cls, arch: ModelConfig) -> ModelConfig:
