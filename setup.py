@@ -13,10 +13,11 @@ EXTRAS = {
     "report": ["matplotlib>=3.7"],
     "prepare": ["pyarrow", "datasets"],  # parquet files, data sets of the hub
     "ray": ["ray"],  # prepare --engine ray
-    # accelerate and webdataset: what the tests compare our GGUF reader and our shards with; aiohttp: URLs.
+    # accelerate and webdataset: what the tests compare our GGUF reader and our shards with; aiohttp: URLs;
+    # pyarrow: parquet.
     "dev": [
         *("pytest>=8", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7"),
-        *("accelerate", "webdataset", "aiohttp"),
+        *("accelerate", "webdataset", "aiohttp", "pyarrow"),
     ],
 }
 
