@@ -233,35 +233,16 @@ def bytes_per_trained(cfg: OptimConfig, width: int) -> int:
     return width + moments + 4 * len([name for name in cfg.averagers.split(",") if name.strip()])
 
 
-def plain(value: Tensor) -> Tensor:
-    """A parameter or a state of the optimiser as an ordinary tensor, whole on every rank; 8-bit moments in float32.
-
-    What copies it back into an 8-bit state rounds it to 8 bits anew.
-    """
-    from open_lm_linear.parallel import whole
-
-    if hasattr(value, "to_local"):
-        from torch.distributed.tensor import DTensor
-
-        # Of a moment that is cut unevenly, some ranks may hold a part too small for 8 bits.
-        value = DTensor.from_local(
-            dequantised(value.to_local()),
-            value.device_mesh,  # type: ignore[attr-defined]
-            value.placements,  # type: ignore[attr-defined]
-            run_check=False,
-            shape=value.shape,
-            stride=value.stride(),
-        )
-    return whole(dequantised(value))
-
-
 def is_eight_bit(value: Tensor) -> bool:
     """Whether a state of the optimiser, or this rank's part of it, is held in 8 bits."""
     return hasattr(value.to_local() if hasattr(value, "to_local") else value, "codes")
 
 
 def dequantised(value: Tensor) -> Tensor:
-    """A state of the optimiser as an ordinary tensor, of 8 bits in float32."""
+    """A state of the optimiser as an ordinary tensor, of 8 bits in float32.
+
+    What copies it back into an 8-bit state rounds it to 8 bits anew.
+    """
     return value.dequantize().float() if hasattr(value, "codes") else value
 
 

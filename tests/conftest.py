@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +44,16 @@ def tiny(attn_name: str = "linear", options: dict[str, Any] | None = None, **fie
         "model_norm": "rms_norm",
     }
     return ModelConfig(**{**base, **fields}, attn_name=attn_name, attn_options=options or {})
+
+
+def tar_of(path: Path, files: dict[str, bytes]) -> Path:
+    """A tar with these files."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import tar_of
 
 from open_lm_linear.cli import UserError
 from open_lm_linear.data import offsets, shards
@@ -24,15 +25,6 @@ ROWS = np.arange(40).reshape(5, 8)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OPEN_LM_LINEAR_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def tar_of(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def npy(array: Any, **options: Any) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import pickle
 import tarfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tar_of
 
 from open_lm_linear.cli import UserError
 from open_lm_linear.data.manifest import Shard, read_dataset_card, read_manifest, write_manifest
@@ -23,15 +23,6 @@ SEQUENCES = np.arange(5 * 9).reshape(5, 9)
 def shard(tmp_path: Path) -> Path:
     write_shard(tmp_path / "a.tar", SEQUENCES, first_key=7)
     return tmp_path / "a.tar"
-
-
-def tar_of(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def test_written_samples_are_read_back_in_any_order(shard: Path) -> None:

@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral_v0_1": ("mistral", {"sliding_window": 11}),
     "mistral_v0_3": ("mistral", {"sliding_window": None, "head_dim": 14}),
+    "mistral_tied": ("mistral", {"sliding_window": 7, "tie_word_embeddings": True}),
     "qwen2": ("qwen2", {}),
     "qwen2_5_tied_windows": (
         "qwen2",

@@ -234,7 +234,7 @@ def test_torchao_trains_with_moments_of_eight_bits(monkeypatch: pytest.MonkeyPat
     moments = [s["exp_avg"] for s in optimizer.state.values()]
     small = [m for m in moments if hasattr(m, "codes")]
     assert small and all(m.codes.dtype == torch.uint8 for m in small)
-    whole = optim.plain(small[0])
+    whole = optim.dequantised(small[0])
     assert type(whole) is torch.Tensor and whole.dtype == torch.float32 and whole.abs().sum() > 0
     again = optim.build(model, cfg, model.new_keys())
     optim.begin_states(again)
@@ -243,8 +243,8 @@ def test_torchao_trains_with_moments_of_eight_bits(monkeypatch: pytest.MonkeyPat
         for key, value in state.items():
             target = again.state[param][key]
             assert type(target) is type(value)
-            target.copy_(optim.plain(value))
-            assert relative(optim.plain(target), optim.plain(value)) < 1e-2
+            target.copy_(optim.dequantised(value))
+            assert relative(optim.dequantised(target), optim.dequantised(value)) < 1e-2
 
 
 def history(model: Transformer, averagers: Averagers, steps: int) -> list[dict[str, torch.Tensor]]:

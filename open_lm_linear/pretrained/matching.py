@@ -143,7 +143,7 @@ def match(model: Transformer, source: Source) -> Match:
             if len(present) < len(theirs):
                 missing += [t for t in theirs if t not in available]
                 continue
-            _require_shapes(source, recipe, ours, tuple(params[ours].shape), model.config)
+            _require_shapes(recipe, ours, tuple(params[ours].shape), model.config)
             result.kept[ours] = recipe
         elif ours == "output.weight" and model.config.weight_tying:
             result.tied[ours] = (recipe, Recipe(source.reader, source.keys["tok_embeddings.weight"]))
@@ -182,13 +182,14 @@ def part_rows(config: ModelConfig, key: str, parts: int, rows: int) -> list[int]
     return [rows // 2] * 2
 
 
-def _require_shapes(source: Source, recipe: Recipe, key: str, shape: tuple[int, ...], config: ModelConfig) -> None:
+def _require_shapes(recipe: Recipe, key: str, shape: tuple[int, ...], config: ModelConfig) -> None:
     recipe.dtype  # noqa: B018 (refuses what is no plain weight)
     sizes = part_rows(config, key, len(recipe.names), shape[0]) if shape else [0]
     for name, rows in zip(recipe.names, sizes, strict=True):
         found, wanted = recipe.reader.shape(name), (rows, *shape[1:]) if shape else ()
         if found != wanted:
-            raise UserError(f"{source.name}: {name!r} has shape {found} in the checkpoint, {wanted} in the model.")
+            where = recipe.reader.where(name)
+            raise UserError(f"{where} has shape {found} in the checkpoint, {wanted} in the model.")
 
 
 class _Turns:
