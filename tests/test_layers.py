@@ -25,7 +25,9 @@ LAYERS = [
         *("pretrained", "data", "optim", "groups", "averaging", "parallel", "checkpoint", "saver", "remote_copy"),
         *("faults", "metrics", "generate", "fit", "decoding", "gauges", "profiling"),
     ],
-    ["config", "hf", "evaluate", "report", "parity"],
+    ["config", "hf"],
+    ["evaluation"],
+    ["evaluate", "report", "parity"],
     ["train", "convert", "plan", "run_folder", "validation"],
     ["main"],
 ]

@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from transformers import GenerationConfig
 
 import open_lm_linear
 from open_lm_linear.cli import ProofError, UserError, command, parse
 from open_lm_linear.hf.bundle import bundle
-from open_lm_linear.hf.modeling import OpenLMLinearConfig, OpenLMLinearForCausalLM
+from open_lm_linear.hf.modeling import OpenLMLinearForCausalLM
+from open_lm_linear.hf.wrap import wrap
 from open_lm_linear.model import Transformer
 
 MODULE = "modeling_open_lm_linear"
@@ -101,9 +101,8 @@ def export_hf(
     """
     folder = Path(folder).resolve()
     _check_folder(folder, overwrite)
-    config = _config(model, tokenizer, eos_token_id)
     source = bundle({"linear", "softmax", model.config.attn_name})
-    written = _in_dtype(model, config, dtype or next(model.parameters()).dtype)
+    written = wrap(model, tokenizer=tokenizer, dtype=dtype, eos_token_id=eos_token_id, auto_map=AUTO_MAP)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -129,32 +128,6 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} is not empty: give another folder, or --overwrite to replace the export in it.")
     if not (folder / f"{MODULE}.py").exists():
         raise UserError(f"{folder} holds no export, and --overwrite replaces nothing else: give another folder.")
-
-
-def _config(model: Transformer, tokenizer: Any, eos_token_id: int | list[int] | None) -> OpenLMLinearConfig:
-    vocab = model.config.vocab_size
-    special: dict[str, Any] = {}
-    if tokenizer is not None:
-        if len(tokenizer) > vocab:
-            raise UserError(f"the tokenizer has {len(tokenizer)} tokens and the model only {vocab}: they do not fit.")
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if eos_token_id is not None:
-        special["eos_token_id"] = eos_token_id
-    if special.get("pad_token_id") is None:
-        eos = special.get("eos_token_id")
-        special["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    return OpenLMLinearConfig.from_model_config(model.config, auto_map=dict(AUTO_MAP), **special)
-
-
-def _in_dtype(model: Transformer, config: OpenLMLinearConfig, dtype: torch.dtype) -> OpenLMLinearForCausalLM:
-    """The model behind transformers' interface; it shares the weights where the dtype is theirs."""
-    with torch.device("meta"):
-        wrapped = OpenLMLinearForCausalLM(config)
-    weights = {name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}
-    wrapped.model.load_state_dict(weights, assign=True)
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    wrapped.generation_config = GenerationConfig(**{name: getattr(config, name) for name in special})
-    return wrapped.eval()
 
 
 def _verify(partial: Path, folder: Path, model: Transformer, written: OpenLMLinearForCausalLM) -> Exported:
