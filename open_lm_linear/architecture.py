@@ -291,7 +291,8 @@ class ModelSection:
     pretrained: str = ""
     """Pretrained weights: smollm2, mistral, llama2, llama3, a folder, file, URL or hub id (owner/name@revision)."""
     attn_name: str = ""
-    """Attention to swap in: linear, softmax, or package.module:Class. Its options become flags."""
+    """Attention to swap in: linear, softmax, a preset of linear's options (supra, t2r, elu, hedgehog, retention), or
+    package.module:Class. Its options become flags."""
     model_norm: str = ""
     """One of OpenLM's norms."""
     ffn_type: str = ""

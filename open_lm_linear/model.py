@@ -167,8 +167,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        config = dataclasses.replace(config, attn_name=attention.canonical(config.attn_name))
-        self.config = attention.resolve(config.attn_name).complete(config)
+        self.config = attention.resolve(config.attn_name).complete(attention.expand(config))
         self.grad_checkpointing: int = 0  # recompute every so many blocks' activations; 0: keep them
         self.grad_checkpointing_mode = "full"
         dim = config.hidden_dim
@@ -357,22 +356,30 @@ def read_config(source: str | Path, attn_name: str | None = None, **changes: Any
             )
         path = known[str(source)]
     config = ModelConfig.from_file(path)
-    config = attention.resolve(config.attn_name).from_openlm(config)
+    if config.attn_name not in attention.PRESETS:
+        config = attention.resolve(config.attn_name).from_openlm(config)
     return swap(config, attn_name, **changes)
 
 
 def swap(config: ModelConfig, attn_name: str | None, **changes: Any) -> ModelConfig:
-    """``config`` with another attention, whose options are kept where they belong to it, and with ``changes``."""
+    """``config`` with another attention, and with ``changes``.
+
+    Options of the old attention that the new one has too are kept; a preset (``hedgehog``) begins from its own.
+    """
     if isinstance(changes.get("rotary_scaling"), str):
         changes = changes | parse_rotary_scaling(changes["rotary_scaling"], config.seq_len)
     own = {f.name for f in dataclasses.fields(ModelConfig)}
-    options = {**config.attn_options, **{k: v for k, v in changes.items() if k not in own}}
+    config = attention.expand(config)
     name = attention.canonical(attn_name or config.attn_name)
-    if name != attention.canonical(config.attn_name):
-        kept = {f.name for f in dataclasses.fields(attention.resolve(name).Config)} | set(changes)
-        options = {k: v for k, v in options.items() if k in kept}
+    options = config.attn_options
+    if attn_name in attention.PRESETS:
+        options = attention.PRESETS[attn_name][1]
+    elif name != config.attn_name:
+        theirs = {f.name for f in dataclasses.fields(attention.resolve(name).Config)}
+        options = {k: v for k, v in options.items() if k in theirs}
+    given = {k: v for k, v in changes.items() if k not in own}
     fields = {k: v for k, v in changes.items() if k in own}
-    return dataclasses.replace(config, attn_name=name, attn_options=options, **fields)
+    return dataclasses.replace(config, attn_name=name, attn_options={**options, **given}, **fields)
 
 
 def create_model(

@@ -91,6 +91,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linear-sum-decay-gqa": ("linear", {"normaliser": "sum"}, GQA),
     "linear-rms-norm": ("linear", {"normaliser": "rms_norm"}, {}),
     "linear-no-normaliser": ("linear", {"normaliser": "none"}, GQA),
+    "linear-elu-gqa": ("linear", {"feature_activation": "elu", "feature_map": "none", "decay_start": 0.6}, GQA),
+    "linear-exp-unshared": ("linear", {"feature_activation": "exp", "share_feature_map": False, **IDENTITY}, {}),
+    "linear-softmax-sum": ("linear", {"feature_activation": "softmax", "normaliser": "sum", "feature_dim": 5}, {}),
+    "linear-softmax-rotary-first": (
+        "linear",
+        {"feature_activation": "softmax", "rotary_at": "projection", "normaliser": "rms_norm", "feature_dim": 3},
+        GQA,
+    ),
+    "linear-identity-learned": (
+        "linear",
+        {"feature_activation": "identity", "feature_map": "none", "learn_decay": True, "output_gate": True},
+        GQA,
+    ),
+    "linear-no-rotary-gate": ("linear", {"rotary_at": "none", "output_gate": True, "learn_decay": True}, {}),
+    **{name: (name, {}, {}) for name in attention.PRESETS},
     "linear-qk-norm-features": ("linear", {"qk_norm_at": "features"}, {"qk_norm": True}),
     "linear-gqa-qk-norm-features": ("linear", {"qk_norm_at": "features"}, {"qk_norm": True, **GQA}),
     "linear-gqa-qk-norm-per-head": ("linear", {}, {"qk_norm": True, "qk_norm_per_head": True, **GQA}),
@@ -118,7 +133,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "plug-in": (PLUGIN, {"sharpness": 2.0}, {}),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-LINEAR = [v for v in VARIANTS if v.startswith("linear")]
+LINEAR = [v for v, (name, _, _) in VARIANTS.items() if attention.canonical(name) == "linear"]
 
 
 def config_of(variant: str) -> ModelConfig:
@@ -128,7 +143,7 @@ def config_of(variant: str) -> ModelConfig:
 
 def layer_of(variant: str) -> Attention:
     torch.manual_seed(1)
-    config = config_of(variant)
+    config = attention.expand(config_of(variant))
     return attention.resolve(config.attn_name)(config, config.attn_options, 0)
 
 
@@ -624,7 +639,7 @@ def test_unknown_name_lists_the_known_ones_nearest_first(wrong, near):
     listed = sentence.split("known: ")[1].split(";")[0].split(", ")
     assert repr(wrong) in sentence
     assert listed[0] == near
-    assert set(listed) == {*attention.names(), *attention.ALIASES}
+    assert set(listed) == {*attention.names(), *attention.PRESETS, *attention.ALIASES}
 
 
 def test_plug_in():

@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["cli", "retired"],
     ["architecture"],
-    ["norms", "rotary", "ops"],
+    ["norms", "rotary", "feature_maps", "ops"],
     ["attention"],
     ["model"],
     [

@@ -7,12 +7,39 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from open_lm_linear.cli import UserError, nearest
 
 if TYPE_CHECKING:
+    from open_lm_linear.architecture import ModelConfig
     from open_lm_linear.attention.base import Attention
+
+# Relatives of SUPRA by name: the attention that they are options of, and these options.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "supra": ("linear", {}),
+    # Divided by the sum of the weights, without decay (arXiv 2103.13076).
+    "t2r": ("linear", {"normaliser": "sum", "use_decay": False}),
+    # elu(x) + 1 and no map (arXiv 2006.16236), turned behind it (arXiv 2104.09864).
+    "elu": (
+        "linear",
+        {"feature_map": "none", "feature_activation": "elu", "normaliser": "sum", "use_decay": False},
+    ),
+    # Softmax of the features and of their negatives, a map a head for queries and one for keys (arXiv 2402.04347).
+    "hedgehog": (
+        "linear",
+        {
+            **{"feature_map": "per_head", "feature_map_init": "identity", "feature_activation": "softmax"},
+            **{"share_feature_map": False, "rotary_at": "projection", "normaliser": "sum", "use_decay": False},
+        },
+    ),
+    # No map, RetNet's decays, an output gate (arXiv 2307.08621; its gate is swish, which would not begin at 1).
+    "retention": (
+        "linear",
+        {"feature_map": "none", "feature_activation": "identity", "use_retnet_slopes": True, "output_gate": True},
+    ),
+}
 
 # OpenLM's names for what we have.
 ALIASES = {"linear_attn": "linear", "auto": "softmax", "torch_attn": "softmax", "xformers_attn": "softmax"}
@@ -24,16 +51,16 @@ def names() -> list[str]:
 
 
 def canonical(name: str) -> str:
-    """The registered name behind an alias; a plug-in's `package.module:Class` is its own name.
+    """The registered name behind an alias or a preset; a plug-in's `package.module:Class` is its own name.
 
     Raises:
         UserError: an unknown name; the sentence lists the known ones, the nearest first.
     """
-    name = ALIASES.get(name, name)
+    name = PRESETS[name][0] if name in PRESETS else ALIASES.get(name, name)
     if ":" in name or name in names():
         return name
     raise UserError(
-        f"unknown attention {name!r}; known: {nearest(name, [*names(), *ALIASES])}; "
+        f"unknown attention {name!r}; known: {nearest(name, [*names(), *PRESETS, *ALIASES])}; "
         "a plug-in is named package.module:Class."
     )
 
@@ -53,3 +80,9 @@ def resolve(name: str) -> type[Attention]:
     if not (isinstance(found, type) and issubclass(found, Attention)):
         raise UserError(f"the attention plug-in {name!r} is not a subclass of open_lm_linear.attention.base.Attention.")
     return found
+
+
+def expand(config: ModelConfig) -> ModelConfig:
+    """``config`` with the registered name in place of an alias or a preset, whose options give way to the config's."""
+    _, options = PRESETS.get(config.attn_name, ("", {}))
+    return replace(config, attn_name=canonical(config.attn_name), attn_options={**options, **config.attn_options})

@@ -3,7 +3,8 @@
     v'_i = GroupNorm( sum_{j<=i} gamma^(i-j) <RoPE(phi(q_i)), RoPE(phi(k_j))> v_j / sqrt(K) ),   phi(x) = relu(W x + b)
 
 The feature map's W is shared by queries and keys where they have as many heads; gamma is fixed per head; the
-GroupNorm (no gain, no bias, one group a head) stands where softmax has its normaliser.
+GroupNorm (no gain, no bias, one group a head) stands where softmax has its normaliser. These are the defaults; the
+options reach its relatives, and `open_lm_linear.attention.PRESETS` names the known ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.attention.base import Attention, State, Tensor, build_norm, norm_over_heads
 from open_lm_linear.cli import UserError
+from open_lm_linear.feature_maps import NON_NEGATIVE, Activation, FeatureMap, Init, Layout, width
 from open_lm_linear.ops.linear_attention import linear_attention
 from open_lm_linear.rotary import Rotary
 
@@ -45,43 +47,6 @@ class LinearState(State):
         return sum(x.numel() * x.element_size() for x in (self.S, self.Z) if x is not None)
 
 
-class FeatureMap(nn.Module):
-    """phi(x) = relu(W x + b): (B, T, H, D) -> (B, T, H, F).
-
-    Args:
-        kind: ``full`` mixes all heads in one (H F x H D) matrix, the reference's; ``per_head`` has one (F x D) a head.
-        init: ``default`` is torch's Linear initialisation, the reference's; ``identity`` starts at relu(x).
-    """
-
-    def __init__(self, heads: int, dim: int, features: int, *, kind: str, init: str) -> None:
-        super().__init__()
-        self.heads, self.dim, self.features, self.kind, self.init = heads, dim, features, kind, init
-        shape = (heads * features, heads * dim) if kind == "full" else (heads, features, dim)
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape[:-1]))
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        if self.init == "default":
-            bound = 1.0 / math.sqrt(self.weight.shape[-1])  # what torch's Linear draws from
-            nn.init.uniform_(self.weight, -bound, bound)
-            nn.init.uniform_(self.bias, -bound, bound)
-            return
-        nn.init.zeros_(self.bias)
-        with torch.no_grad():
-            self.weight.zero_()
-            rows = self.weight.view(self.heads, self.features, -1)
-            eye = torch.eye(self.features, self.dim, device=self.weight.device, dtype=self.weight.dtype)
-            for head in range(self.heads):
-                begin = head * self.dim if self.kind == "full" else 0
-                rows[head, :, begin : begin + self.dim] = eye
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "full":
-            return F.relu(F.linear(x.flatten(2), self.weight, self.bias)).unflatten(-1, (self.heads, -1))
-        return F.relu(torch.einsum("bthd,hfd->bthf", x, self.weight.to(x.dtype)) + self.bias.to(x.dtype))
-
-
 def lightning_slopes(heads: int, start: float | None = None) -> list[float]:
     """s_h = start * ratio^h with ratio = 2^(-8/heads) and start = ratio unless given; gamma_h = exp(-s_h).
 
@@ -102,6 +67,37 @@ def retnet_slopes(heads: int) -> list[float]:
     return [-math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
 
 
+class Decay(nn.Module):
+    """Trained decays: log gamma_h = -exp(w_h), so that gamma stays between 0 and 1."""
+
+    def __init__(self, slopes: tuple[float, ...]) -> None:
+        super().__init__()
+        self.slopes = slopes
+        self.log_slopes = nn.Parameter(torch.empty(len(slopes)))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        with torch.no_grad():
+            self.log_slopes.copy_(torch.tensor(self.slopes, dtype=torch.float64).log())
+
+    def forward(self) -> Tensor:
+        return -self.log_slopes.float().exp()
+
+
+class Gate(nn.Linear):
+    """2 sigmoid(W x): (B, T, hidden_dim) -> (B, T, H V). W begins at 0, so that the gate leaves all as it was."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__(dim, out, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(super().forward(x))
+
+
 class LinearAttention(Attention):
     @dataclass(frozen=True)
     class Config:
@@ -113,52 +109,70 @@ class LinearAttention(Attention):
         """RetNet's decays 1 - 2^(-5-h) in place of lightning attention's exp(-2^(-8(h+1)/heads))."""
         decay_start: float | None = None
         """First slope of lightning attention's decays (None: 2^(-8/heads))."""
-        feature_map: Literal["full", "per_head"] = "full"
-        """One matrix over all heads, as the reference's, or one a head."""
-        feature_map_init: Literal["default", "identity"] = "default"
-        """torch's Linear initialisation, as the reference's, or relu(x) to begin with."""
+        learn_decay: bool = False
+        """Train the decays, one a head, from those values on."""
+        feature_map: Layout = "full"
+        """Its matrix: one over all heads, as the reference's, one a head, or none."""
+        feature_map_init: Init = "default"
+        """torch's Linear initialisation, as the reference's, or the identity to begin with."""
+        feature_activation: Activation = "relu"
+        """After the matrix: relu, elu (plus 1), softmax (of z and of -z: twice the features), exp, or identity."""
         feature_dim: int | None = None
-        """Features per head after the map (None: qk_head_dim)."""
+        """Rows of the map's matrix per head (None: qk_head_dim)."""
+        share_feature_map: bool = True
+        """One map for queries and keys, where they have as many heads."""
+        rotary_at: Literal["features", "projection", "none"] = "features"
+        """Where rotary embeddings turn queries and keys: behind the map, before it as softmax has it, or nowhere."""
         normaliser: Literal["group_norm", "rms_norm", "sum", "none"] = "group_norm"
         """What stands for softmax's: GroupNorm (SUPRA), RMSNorm per head, the sum of the weights (T2R), or nothing."""
         qk_norm_at: Literal["projection", "features"] = "projection"
         """Where qk_norm applies: to the projections, by the checkpoint's norms, or as the reference to the features."""
+        output_gate: bool = False
+        """Multiply the output, before its projection, by 2 sigmoid(W x), which begins at 1."""
 
     config: Config
 
     def __init__(self, arch: ModelConfig, options: Mapping[str, Any], layer: int) -> None:
         super().__init__(arch, options, layer)
         self._check()
-        features = self.config.feature_dim or arch.qk_dim
-        self.features = features
-        kinds = {"kind": self.config.feature_map, "init": self.config.feature_map_init}
-        self._totrain_embed = FeatureMap(arch.n_heads, arch.qk_dim, features, **kinds)
+        c = self.config
+        rows = c.feature_dim or arch.qk_dim
+        self.features = width(rows, c.feature_activation)
+
+        def feature_map(heads: int) -> FeatureMap:
+            kinds: Any = {"layout": c.feature_map, "activation": c.feature_activation, "init": c.feature_map_init}
+            return FeatureMap(heads, arch.qk_dim, rows, **kinds)
+
+        self._totrain_embed = feature_map(arch.n_heads)
         self._totrain_embed_kv = None
-        if arch.kv_heads != arch.n_heads:
-            self._totrain_embed_kv = FeatureMap(arch.kv_heads, arch.qk_dim, features, **kinds)
+        if arch.kv_heads != arch.n_heads or not c.share_feature_map:
+            self._totrain_embed_kv = feature_map(arch.kv_heads)
         if arch.qk_norm and not self.norms_projection():
-            self._totrain_q_norm = build_norm(arch.model_norm, arch.n_heads * features, arch.norm_eps)
-            self._totrain_k_norm = build_norm(arch.model_norm, arch.n_heads * features, arch.norm_eps)
-        self.rotary = Rotary(arch, features, layer)
+            self._totrain_q_norm = build_norm(arch.model_norm, arch.n_heads * self.features, arch.norm_eps)
+            self._totrain_k_norm = build_norm(arch.model_norm, arch.n_heads * self.features, arch.norm_eps)
         self.slopes = self._slopes()
+        if self.slopes is not None and c.learn_decay:
+            self._totrain_decay = Decay(self.slopes)
+        if c.output_gate:
+            self._totrain_gate = Gate(arch.hidden_dim, arch.n_heads * arch.v_dim)
+        self.rotary = Rotary(arch, self.features if c.rotary_at == "features" else arch.qk_dim, layer)
 
     def _check(self) -> None:
-        c = self.config
-        if c.feature_map not in ("full", "per_head"):
-            raise UserError(f"feature_map must be full or per_head, not {c.feature_map!r}.")
+        c, arch = self.config, self.arch
+        turned = arch.positional_embedding_type != "none" and c.rotary_at == "features"
         if c.feature_dim is not None and c.feature_dim < 1:
             raise UserError(f"feature_dim must be above 0, not {c.feature_dim}.")
-        if c.feature_dim is not None and c.feature_dim % 2 and self.arch.positional_embedding_type != "none":
+        if c.feature_dim is not None and c.feature_dim % 2 and turned and c.feature_activation != "softmax":
             raise UserError(f"rotary embeddings need an even feature_dim, not {c.feature_dim}.")
-        if c.feature_map_init not in ("default", "identity"):
-            raise UserError(f"feature_map_init must be default or identity, not {c.feature_map_init!r}.")
-        if c.normaliser not in ("group_norm", "rms_norm", "sum", "none"):
-            raise UserError(f"normaliser must be group_norm, rms_norm, sum or none, not {c.normaliser!r}.")
-        if c.normaliser == "sum" and self.arch.qk_norm and c.qk_norm_at == "features":
+        if c.feature_map == "none" and c.feature_dim not in (None, arch.qk_dim):
+            raise UserError(
+                f"feature_map none leaves the {arch.qk_dim} dimensions of a head as they are: drop feature_dim."
+            )
+        if c.normaliser == "sum" and c.feature_activation not in NON_NEGATIVE:
+            raise UserError(f"normaliser sum needs features of 0 or more, and {c.feature_activation} has others too.")
+        if c.normaliser == "sum" and arch.qk_norm and c.qk_norm_at == "features":
             raise UserError("normaliser sum needs features of 0 or more: it does not go with qk_norm_at features.")
-        if c.qk_norm_at not in ("projection", "features"):
-            raise UserError(f"qk_norm_at must be projection or features, not {c.qk_norm_at!r}.")
-        if c.qk_norm_at == "features" and self.arch.qk_norm_per_head:
+        if c.qk_norm_at == "features" and arch.qk_norm_per_head:
             raise UserError("qk_norm_at features norms all heads together: it does not go with qk_norm_per_head.")
         if c.decay_start is not None and (c.use_retnet_slopes or not c.use_decay):
             raise UserError(
@@ -166,6 +180,8 @@ class LinearAttention(Attention):
             )
         if c.decay_start is not None and not c.decay_start > 0:
             raise UserError(f"decay_start must be above 0, not {c.decay_start}; --no-use-decay switches the decay off.")
+        if c.learn_decay and not c.use_decay:
+            raise UserError("learn_decay needs decays to begin with: drop it or --no-use-decay.")
 
     def _slopes(self) -> tuple[float, ...] | None:
         if not self.config.use_decay:
@@ -201,13 +217,13 @@ class LinearAttention(Attention):
         state: State | None = None,
     ) -> tuple[Tensor, State]:
         assert state is None or isinstance(state, LinearState)
-        q, k, v = self._features(x)
-        log_decay = None if self.slopes is None else _log_decay(self.slopes, x.device)
+        q, k, v = self._features(x, positions)
+        log_decay = self._log_decay(x.device)
         if keep is not None:
             k = k.masked_fill(~keep[:, :, None, None], 0.0)
             if log_decay is not None:
                 log_decay = log_decay * keep[:, :, None]
-        turned_q, turned_k = self.rotary(q, k, positions)
+        turned_q, turned_k = self.rotary(q, k, positions) if self.config.rotary_at == "features" else (q, k)
         out, S = linear_attention(turned_q, turned_k, v, log_decay, None if state is None else state.S, first)
         out = out.float() if out.dtype != torch.float64 else out
         Z = None
@@ -220,11 +236,14 @@ class LinearAttention(Attention):
             out = F.layer_norm(out, out.shape[-1:], eps=GROUP_NORM_EPS)
         elif self.config.normaliser == "rms_norm":
             out = F.rms_norm(out, out.shape[-1:], eps=GROUP_NORM_EPS)
-        return self.out_proj(out.to(x.dtype).flatten(2)), LinearState(S, Z)
+        out = out.to(x.dtype).flatten(2)
+        return self.out_proj(self._totrain_gate(x) * out if self.config.output_gate else out), LinearState(S, Z)
 
-    def _features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of queries and keys, keys divided by sqrt(F), and values; one dtype for all three."""
+    def _features(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of queries and keys, keys divided by sqrt(features), and values; one dtype for all three."""
         q, k, v = self._project(x)
+        if self.config.rotary_at == "projection":
+            q, k = self.rotary(q, k, positions)
         k = (self._totrain_embed_kv or self._totrain_embed)(k)
         q = self._totrain_embed(q)
         if self.arch.qk_norm and not self.norms_projection():
@@ -235,11 +254,18 @@ class LinearAttention(Attention):
             q, k = norm_over_heads(self._totrain_q_norm, q), norm_over_heads(self._totrain_k_norm, k)
         return q.to(v.dtype), k.to(v.dtype) * self.features**-0.5, v
 
+    def _log_decay(self, device: torch.device) -> Tensor | None:
+        """(H,) float32, 0 or less; None without decay."""
+        if self.config.learn_decay:
+            return self._totrain_decay()
+        return None if self.slopes is None else _log_decay(self.slopes, device)
+
     def flops_per_token(self, seq_len: int) -> float:
         maps = [m for m in (self._totrain_embed, self._totrain_embed_kv) if m is not None]
         shared = self._totrain_embed_kv is None  # then the one map runs on q and on k
-        mapping = 2.0 * sum(m.weight.numel() for m in maps) * (2 if shared else 1)
-        return self._projection_flops() + mapping + 4.0 * self.arch.n_heads * self.features * self._state_width
+        mapping = sum(m.flops_per_token() for m in maps) * (2 if shared else 1)
+        gate = 2.0 * self._totrain_gate.weight.numel() if self.config.output_gate else 0.0
+        return self._projection_flops() + mapping + gate + 4.0 * self.arch.n_heads * self.features * self._state_width
 
     def state_bytes(self, batch: int, seq_len: int) -> int:
         return 4 * batch * self.arch.n_heads * self.features * self._state_width

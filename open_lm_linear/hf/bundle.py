@@ -42,6 +42,7 @@ REGISTRY_SOURCE = '''\
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 {imports}
@@ -62,6 +63,9 @@ class Registry:
 
     def resolve(self, name: str) -> Any:
         return self.classes[self.canonical(name)]
+
+    def expand(self, config: Any) -> Any:
+        return replace(config, attn_name=self.canonical(config.attn_name))
 
 
 attention = Registry(
