@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +101,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # the output's too
     embedding_scale: float | None = None  # token embeddings are multiplied by it
     attn_name: str = "auto"
+    attn_layers: Mapping[str, Any] = field(default_factory=dict)  # another attention -> the layers that have it
     attn_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,9 +120,10 @@ class ModelConfig:
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         for name in ("no_rotary_layers", "rotary_local_layers", "sliding_window_layers"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, self._layers(name))  # JSON has lists
+                object.__setattr__(self, name, self._layers(name, getattr(self, name)))  # JSON has lists
         if not isinstance(self.attn_name, str):
             raise UserError(f"attn_name must be the name of an attention, not {self.attn_name!r}.")
+        self._check_attn_layers()
         for name, known in (
             ("model_norm", NORMS),
             ("ffn_type", FEED_FORWARDS),
@@ -174,8 +177,17 @@ class ModelConfig:
         if self.positional_embedding_type not in ("rotary", "llama_rotary"):
             raise UserError(f"rotary_scaling does not belong to {self.positional_embedding_type}.")
 
-    def _layers(self, name: str) -> tuple[int, ...]:
-        layers = getattr(self, name)
+    def _check_attn_layers(self) -> None:
+        if not isinstance(self.attn_layers, Mapping):
+            raise UserError(f"attn_layers must map attentions to lists of layers, not {self.attn_layers!r}.")
+        layers = {name: self._layers(f"attn_layers of {name}", value) for name, value in self.attn_layers.items()}
+        flat = [layer for value in layers.values() for layer in value]
+        if len(flat) != len(set(flat)):
+            twice = next(layer for layer in flat if flat.count(layer) > 1)
+            raise UserError(f"attn_layers gives layer {twice} two attentions.")
+        object.__setattr__(self, "attn_layers", layers)
+
+    def _layers(self, name: str, layers: Any) -> tuple[int, ...]:
         whole = isinstance(layers, (list, tuple)) and all(type(i) is int and 0 <= i < self.n_layers for i in layers)
         if not whole:
             raise UserError(f"{name} must be a list of layers from 0 to {self.n_layers - 1}, not {layers!r}.")
@@ -185,6 +197,11 @@ class ModelConfig:
         """Tokens that softmax attention sees in this layer, itself included; None: all."""
         windowed = self.sliding_window_layers is None or layer in self.sliding_window_layers
         return self.sliding_window if windowed else None
+
+    def attention_of(self, layer: int) -> tuple[str, Mapping[str, Any]]:
+        """Name and options of a layer's attention; one of ``attn_layers`` has its defaults."""
+        other = next((name for name, layers in self.attn_layers.items() if layer in layers), None)
+        return (self.attn_name, self.attn_options) if other is None else (other, {})
 
     @property
     def kv_heads(self) -> int:
@@ -211,6 +228,7 @@ class ModelConfig:
         """The flat JSON form; ``ModelConfig.from_json(config.to_json()) == config``."""
         flat = dataclasses.asdict(self)
         flat |= dict(flat.pop("attn_options"))
+        flat["attn_layers"] = {name: list(layers) for name, layers in self.attn_layers.items()}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
 
     @classmethod
@@ -281,6 +299,23 @@ def parse_rotary_scaling(text: str, seq_len: int) -> dict[str, Any]:
     return {"rotary_scaling": scaling}
 
 
+def parse_attn_layers(texts: Sequence[str]) -> dict[str, list[int]]:
+    """``["0,8-10=softmax"]`` as ``{"softmax": [0, 8, 9, 10]}``.
+
+    Raises:
+        UserError: a text of another form.
+    """
+    found: dict[str, list[int]] = {}
+    for text in texts:
+        layers, _, name = text.rpartition("=")
+        spans = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in layers.split(",")]
+        if not name or not all(spans):
+            raise UserError(f"--attn-layers {text!r} is not LAYERS=ATTENTION, such as 0,8-10=softmax.")
+        ends = [(int(span[1]), int(span[2] or span[1])) for span in spans if span]
+        found.setdefault(name.strip(), []).extend(i for begin, end in ends for i in range(begin, end + 1))
+    return found
+
+
 @dataclass(frozen=True)
 class ModelSection:
     """Which model is trained, and what is changed in it. What is not given stays as the model's file has it."""
@@ -293,6 +328,8 @@ class ModelSection:
     attn_name: str = ""
     """Attention to swap in: linear, softmax, a preset of linear's options (supra, t2r, elu, hedgehog, retention), or
     package.module:Class. Its options become flags."""
+    attn_layers: tuple[str, ...] = ()
+    """LAYERS=ATTENTION, layers (from 0) that have another attention: 0,8,16=softmax keeps the teacher's."""
     model_norm: str = ""
     """One of OpenLM's norms."""
     ffn_type: str = ""
@@ -324,7 +361,9 @@ class ModelSection:
         """What was given beyond the choice of model: fields of ModelConfig and options of the attention."""
         own = {f.name for f in dataclasses.fields(ModelConfig)} - {"attn_name"}
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in own}
-        return {k: v for k, v in given.items() if v not in ("", None, False)} | dict(self.attn)
+        if self.attn_layers:
+            given["attn_layers"] = parse_attn_layers(self.attn_layers)
+        return {k: v for k, v in given.items() if v not in ("", None, False, ())} | dict(self.attn)
 
 
 def shipped(kind: str, suffix: str) -> dict[str, Path]:

@@ -41,6 +41,11 @@ def fit_output_projections(
     streams = [_embed(teacher, ids.to(ctx.device), ctx) for ids in batches]
     explained = []
     for before, after in zip(teacher.blocks(), student.blocks(), strict=True):
+        if type(before.attention) is type(after.attention):  # a layer that kept its attention has nothing to fit
+            with unsharded(before):
+                streams = [_through(before, h, ctx) for h in streams]
+            explained.append(1.0)
+            continue
         with unsharded(before), unsharded(after):
             gram, cross, square, streams = _moments(before, after, streams, ctx)
         penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
@@ -57,6 +62,12 @@ def _embed(model: Transformer, ids: Tensor, ctx: Context) -> Tensor:
     with unsharded(model), ctx.autocast():
         x = model.tok_embeddings(ids)
         return x if model.post_embed_norm is None else model.post_embed_norm(x)
+
+
+def _through(block: Block, h: Tensor, ctx: Context) -> Tensor:
+    """The residual stream (B, T, hidden_dim) behind a block."""
+    with ctx.autocast():
+        return block(h, torch.arange(h.shape[1], device=h.device)[None], None, None, None)[0]
 
 
 def _moments(

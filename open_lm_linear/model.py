@@ -110,7 +110,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention: Attention = attention.resolve(config.attn_name)(config, config.attn_options, layer)
+        name, options = config.attention_of(layer)
+        self.attention: Attention = attention.resolve(name)(config, options, layer)
         self.feed_forward = build_feed_forward(config, layer)
 
         def norm(*placements: str) -> Norm | None:

@@ -106,6 +106,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "linear-no-rotary-gate": ("linear", {"rotary_at": "none", "output_gate": True, "learn_decay": True}, {}),
     **{name: (name, {}, {}) for name in attention.PRESETS},
+    "hybrid": ("linear", {}, {"attn_layers": {"softmax": [1]}, "sliding_window": 7, **GQA}),
     "linear-qk-norm-features": ("linear", {"qk_norm_at": "features"}, {"qk_norm": True}),
     "linear-gqa-qk-norm-features": ("linear", {"qk_norm_at": "features"}, {"qk_norm": True, **GQA}),
     "linear-gqa-qk-norm-per-head": ("linear", {}, {"qk_norm": True, "qk_norm_per_head": True, **GQA}),
@@ -133,7 +134,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "plug-in": (PLUGIN, {"sharpness": 2.0}, {}),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-LINEAR = [v for v, (name, _, _) in VARIANTS.items() if attention.canonical(name) == "linear"]
+LINEAR = [v for v, (name, _, _) in VARIANTS.items() if attention.canonical(name) == "linear" and v != "hybrid"]
 
 
 def config_of(variant: str) -> ModelConfig:

@@ -83,6 +83,18 @@ def resolve(name: str) -> type[Attention]:
 
 
 def expand(config: ModelConfig) -> ModelConfig:
-    """``config`` with the registered name in place of an alias or a preset, whose options give way to the config's."""
+    """``config`` with the registered name in place of an alias or a preset, whose options give way to the config's.
+
+    Raises:
+        UserError: an unknown name, or a preset in ``attn_layers``, whose attentions have their own defaults alone.
+    """
+    preset = next((name for name in config.attn_layers if name in PRESETS), None)
+    if preset is not None:
+        raise UserError(f"attn_layers takes attentions without options: {', '.join(names())}, not {preset!r}.")
     _, options = PRESETS.get(config.attn_name, ("", {}))
-    return replace(config, attn_name=canonical(config.attn_name), attn_options={**options, **config.attn_options})
+    return replace(
+        config,
+        attn_name=canonical(config.attn_name),
+        attn_options={**options, **config.attn_options},
+        attn_layers={canonical(name): layers for name, layers in config.attn_layers.items()},
+    )

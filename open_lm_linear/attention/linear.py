@@ -280,9 +280,12 @@ class LinearAttention(Attention):
         options = dict(arch.attn_options)
         if options["feature_dim"] is None:
             options["feature_dim"] = arch.qk_dim
+        arch = replace(arch, attn_options=options)
+        if "softmax" in arch.attn_layers:
+            return arch
         # What only softmax has: a window over keys, and the scale and cap of its logits.
         arch = replace(arch, sliding_window=None, sliding_window_layers=None)
-        return replace(arch, attn_options=options, query_pre_attn_scalar=None, attn_logit_softcap=None)
+        return replace(arch, query_pre_attn_scalar=None, attn_logit_softcap=None)
 
     @classmethod
     def from_openlm(cls, arch: ModelConfig) -> ModelConfig:

@@ -65,7 +65,8 @@ class Registry:
         return self.classes[self.canonical(name)]
 
     def expand(self, config: Any) -> Any:
-        return replace(config, attn_name=self.canonical(config.attn_name))
+        others = {{self.canonical(name): layers for name, layers in config.attn_layers.items()}}
+        return replace(config, attn_name=self.canonical(config.attn_name), attn_layers=others)
 
 
 attention = Registry(

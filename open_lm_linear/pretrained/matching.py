@@ -235,12 +235,16 @@ def in_layout(config: ModelConfig, layout: str) -> ModelConfig:
     return dataclasses.replace(config, positional_embedding_type=layout) if turnable else config
 
 
+def _elsewhere(config: ModelConfig) -> list[str]:
+    return [f", but {name} in layers {', '.join(map(str, at))}" for name, at in config.attn_layers.items()]
+
+
 def changes_of(source: Source, after: ModelConfig) -> list[str]:
     """What a swap or other flags change in the checkpoint's computation, in words."""
     out, before = [], source.config
     old, new = attention.canonical(before.attn_name), attention.canonical(after.attn_name)
     if old != new:
-        out.append(f"attention {old} -> {new}")
+        out.append(f"attention {old} -> {new}" + "".join(_elsewhere(after)))
         if before.sliding_window and not after.sliding_window:
             out.append(f"the sliding window of {before.sliding_window} tokens is dropped: the state has no window")
         if before.attn_logit_softcap and not after.attn_logit_softcap:
