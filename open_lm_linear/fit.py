@@ -40,8 +40,9 @@ def fit_output_projections(
     """
     streams = [_embed(teacher, ids.to(ctx.device), ctx) for ids in batches]
     explained = []
-    for before, after in zip(teacher.blocks(), student.blocks(), strict=True):
-        if type(before.attention) is type(after.attention):  # a layer that kept its attention has nothing to fit
+    kept = student.config.attn_layers.get(teacher.config.attn_name, ())  # these have nothing to fit
+    for i, (before, after) in enumerate(zip(teacher.blocks(), student.blocks(), strict=True)):
+        if i in kept:
             with unsharded(before):
                 streams = [_through(before, h, ctx) for h in streams]
             explained.append(1.0)

@@ -77,7 +77,8 @@ IDENTITY = {"feature_map": "per_head", "feature_map_init": "identity"}
 
 # name -> (attention, its options, fields of the architecture)
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    **{name: (name, {}, {}) for name in attention.names()},
+    **{name: (name, {}, {}) for name in attention.names() if name != "linear_window"},
+    "linear_window": ("linear_window", {"window": 5}, {}),
     "linear-nodecay": ("linear", {"use_decay": False}, {}),
     "linear-retnet": ("linear", {"use_retnet_slopes": True}, {}),
     "linear-start": ("linear", {"decay_start": 0.75}, {}),
@@ -105,7 +106,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         GQA,
     ),
     "linear-no-rotary-gate": ("linear", {"rotary_at": "none", "output_gate": True, "learn_decay": True}, {}),
-    **{name: (name, {}, {}) for name in attention.PRESETS},
+    **{name: (name, {}, {}) for name in attention.PRESETS if name != "lolcats"},
+    "lolcats": ("lolcats", {"window": 5}, {}),
+    "linear-window-gqa": ("linear_window", {"window": 6, "sinks": 2, "decay_start": 0.7}, GQA),
+    "linear-window-sum": ("linear_window", {"window": 9, "normaliser": "sum", "use_decay": False}, {}),
+    "linear-window-first": ("linear_window", {"window": 4, "sinks": 1, "rotary_at": "projection"}, {"qk_norm": True}),
+    "window-gqa": ("window", {"window": 7, "sinks": 3}, GQA),
+    "window-no-sinks": ("window", {"window": 70, "sinks": 0}, {"qk_norm": True}),
+    "window-caps": ("window", {"window": 5, "sinks": 5}, {"attn_logit_softcap": 0.3, "query_pre_attn_scalar": 5}),
     "hybrid": ("linear", {}, {"attn_layers": {"softmax": [1]}, "sliding_window": 7, **GQA}),
     "linear-qk-norm-features": ("linear", {"qk_norm_at": "features"}, {"qk_norm": True}),
     "linear-gqa-qk-norm-features": ("linear", {"qk_norm_at": "features"}, {"qk_norm": True, **GQA}),
@@ -145,12 +153,20 @@ def config_of(variant: str) -> ModelConfig:
 def layer_of(variant: str) -> Attention:
     torch.manual_seed(1)
     config = attention.expand(config_of(variant))
-    return attention.resolve(config.attn_name)(config, config.attn_options, 0)
+    return awake(attention.resolve(config.attn_name)(config, config.attn_options, 0))
 
 
 def model_of(variant: str, dtype: torch.dtype = torch.float32) -> Transformer:
     torch.manual_seed(1)
-    return create_model(config_of(variant), dtype=dtype).eval()
+    return awake(create_model(config_of(variant), dtype=dtype).eval())
+
+
+def awake(module: torch.nn.Module) -> Any:
+    """What begins at 0, and so hides the path behind it, begins elsewhere."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return module
 
 
 def tokens_of(batch: int, length: int) -> Tensor:
@@ -516,7 +532,8 @@ def test_meta_initialisation_touches_every_parameter(variant):
     model.init_weights()
     for key, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all(), key
-    again = model_of(variant)
+    torch.manual_seed(1)
+    again = create_model(config_of(variant))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 

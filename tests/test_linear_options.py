@@ -135,12 +135,12 @@ def test_unshared_maps_are_two():
 
 @pytest.mark.parametrize("name", attention.PRESETS)
 def test_a_preset_is_its_options(name):
-    options = attention.PRESETS[name][1]
+    registered, options = attention.PRESETS[name]
     torch.manual_seed(0)
     named = create_model(tiny(name))
     torch.manual_seed(0)
-    spelt = create_model(tiny("linear", options))
-    assert named.config == spelt.config and named.config.attn_name == "linear"
+    spelt = create_model(tiny(registered, options))
+    assert named.config == spelt.config and named.config.attn_name == registered
     assert all(torch.equal(a, b) for a, b in zip(named.parameters(), spelt.parameters(), strict=True))
     assert OpenLMLinearConfig.from_model_config(named.config).to_model_config() == spelt.config
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from open_lm_linear.architecture import ModelConfig
     from open_lm_linear.attention.base import Attention
 
+_HEDGEHOG = {
+    **{"feature_map": "per_head", "feature_map_init": "identity", "feature_activation": "softmax"},
+    **{"share_feature_map": False, "rotary_at": "projection", "normaliser": "sum", "use_decay": False},
+}
 # Relatives of SUPRA by name: the attention that they are options of, and these options.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "supra": ("linear", {}),
@@ -27,13 +31,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"feature_map": "none", "feature_activation": "elu", "normaliser": "sum", "use_decay": False},
     ),
     # Softmax of the features and of their negatives, a map a head for queries and one for keys (arXiv 2402.04347).
-    "hedgehog": (
-        "linear",
-        {
-            **{"feature_map": "per_head", "feature_map_init": "identity", "feature_activation": "softmax"},
-            **{"share_feature_map": False, "rotary_at": "projection", "normaliser": "sum", "use_decay": False},
-        },
-    ),
+    "hedgehog": ("linear", _HEDGEHOG),
+    # Hedgehog beside a softmax window (arXiv 2410.10254).
+    "lolcats": ("linear_window", {**_HEDGEHOG, "window": 64}),
     # No map, RetNet's decays, an output gate (arXiv 2307.08621; its gate is swish, which would not begin at 1).
     "retention": (
         "linear",

@@ -217,7 +217,10 @@ class LinearAttention(Attention):
         state: State | None = None,
     ) -> tuple[Tensor, State]:
         assert state is None or isinstance(state, LinearState)
-        q, k, v = self._features(x, positions)
+        q, k, v = self._project(x)
+        if self.config.rotary_at == "projection":
+            q, k = self.rotary(q, k, positions)
+        q, k, v = self._features(q, k, v)
         log_decay = self._log_decay(x.device)
         if keep is not None:
             k = k.masked_fill(~keep[:, :, None, None], 0.0)
@@ -225,25 +228,28 @@ class LinearAttention(Attention):
                 log_decay = log_decay * keep[:, :, None]
         turned_q, turned_k = self.rotary(q, k, positions) if self.config.rotary_at == "features" else (q, k)
         out, S = linear_attention(turned_q, turned_k, v, log_decay, None if state is None else state.S, first)
-        out = out.float() if out.dtype != torch.float64 else out
         Z = None
         if self.config.normaliser == "sum":
             # The weights' sum is that of unturned features, which are never negative (arXiv 2104.09864, eq. 19).
             before = None if state is None else state.Z
             weights, Z = linear_attention(q, k, torch.ones_like(v[..., :1]), log_decay, before, first)
-            out = out / weights.to(out.dtype).clamp(min=SUM_EPS)
-        elif self.config.normaliser == "group_norm":
-            out = F.layer_norm(out, out.shape[-1:], eps=GROUP_NORM_EPS)
-        elif self.config.normaliser == "rms_norm":
-            out = F.rms_norm(out, out.shape[-1:], eps=GROUP_NORM_EPS)
-        out = out.to(x.dtype).flatten(2)
-        return self.out_proj(self._totrain_gate(x) * out if self.config.output_gate else out), LinearState(S, Z)
+            out = _wide(out) / _wide(weights).clamp(min=SUM_EPS)
+        return self._output(self._normalised(out), x), LinearState(S, Z)
 
-    def _features(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _normalised(self, out: Tensor) -> Tensor:
+        """Outputs (B, T, H, V) in float32, over what stands for softmax's normaliser, but for the sum."""
+        out = _wide(out)
+        if self.config.normaliser == "group_norm":
+            return F.layer_norm(out, out.shape[-1:], eps=GROUP_NORM_EPS)
+        return F.rms_norm(out, out.shape[-1:], eps=GROUP_NORM_EPS) if self.config.normaliser == "rms_norm" else out
+
+    def _output(self, out: Tensor, x: Tensor) -> Tensor:
+        """(B, T, hidden_dim) from the heads' outputs (B, T, H, V) and the layer's input."""
+        out = out.to(x.dtype).flatten(2)
+        return self.out_proj(self._totrain_gate(x) * out if self.config.output_gate else out)
+
+    def _features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of queries and keys, keys divided by sqrt(features), and values; one dtype for all three."""
-        q, k, v = self._project(x)
-        if self.config.rotary_at == "projection":
-            q, k = self.rotary(q, k, positions)
         k = (self._totrain_embed_kv or self._totrain_embed)(k)
         q = self._totrain_embed(q)
         if self.arch.qk_norm and not self.norms_projection():
@@ -295,6 +301,10 @@ class LinearAttention(Attention):
             options["feature_dim"] = arch.qk_dim
             arch = replace(arch, qk_head_dim=None)
         return replace(arch, attn_options=options)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @lru_cache(maxsize=64)
