@@ -13,11 +13,13 @@ EXTRAS = {
     "report": ["matplotlib>=3.7"],
     "prepare": ["pyarrow", "datasets"],  # parquet files, data sets of the hub
     "ray": ["ray"],  # prepare --engine ray
+    "serve": ["transformers[serving]>=5.17"],
     # accelerate and webdataset: what the tests compare our GGUF reader and our shards with; aiohttp: URLs;
-    # pyarrow: parquet.
+    # pyarrow: parquet; transformers[serving]: the server, and the client that the tests ask it with.
     "dev": [
         *("pytest>=8", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7"),
         *("accelerate", "webdataset", "aiohttp", "pyarrow"),
+        "transformers[serving]>=5.17",
     ],
 }
 
@@ -49,4 +51,5 @@ setup(
         "psutil",
     ],
     extras_require=EXTRAS,
+    entry_points={"vllm.general_plugins": ["open_lm_linear = open_lm_linear.vllm:register"]},
 )

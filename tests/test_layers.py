@@ -27,7 +27,7 @@ LAYERS = [
     ],
     ["config", "hf"],
     ["evaluation"],
-    ["evaluate", "report", "parity"],
+    ["evaluate", "report", "parity", "serve", "vllm"],
     ["train", "convert", "plan", "run_folder", "validation"],
     ["main"],
 ]
