@@ -247,10 +247,10 @@ def _compose(values: Mapping[str, Any], options: type | None) -> Config:
     attn: dict[str, Any] = {}
     for key, value in values.items():
         if key in option_names:
-            attn[key] = _coerce(key, value, option_hints[key])
+            attn[key] = coerce(key, value, option_hints[key])
         elif key in homes and key != "attn":
             section = homes[key][0]
-            sections[section][key] = _coerce(key, value, hints[section][key])
+            sections[section][key] = coerce(key, value, hints[section][key])
         elif "--" + key.replace("_", "-") in RETIRED:
             raise UserError(f"the config key {key!r} is not taken: {RETIRED['--' + key.replace('_', '-')]}")
         else:
@@ -260,17 +260,17 @@ def _compose(values: Mapping[str, Any], options: type | None) -> Config:
     return Config(**{name: kind(**sections[name]) for name, kind in SECTIONS.items()})
 
 
-def _coerce(key: str, value: Any, kind: Any) -> Any:
+def coerce(key: str, value: Any, kind: Any) -> Any:
     """A YAML value as a field's type. YAML reads 3e-5 as a string and lists where we have tuples."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _coerce(key, value, next(a for a in args if a is not type(None)))
+        return None if value is None else coerce(key, value, next(a for a in args if a is not type(None)))
     if origin is Literal:
         if value not in args:
             raise UserError(f"the config key {key!r} must be one of {', '.join(map(str, args))}, not {value!r}.")
         return value
     if origin is tuple:
-        return tuple(_coerce(key, v, args[0]) for v in (value if isinstance(value, (list, tuple)) else [value]))
+        return tuple(coerce(key, v, args[0]) for v in (value if isinstance(value, (list, tuple)) else [value]))
     try:
         if kind is bool and not isinstance(value, bool):
             raise ValueError

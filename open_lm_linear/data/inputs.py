@@ -269,6 +269,45 @@ def _text_of(line: bytes, text_key: str) -> str:
     return entry[text_key]
 
 
+def records(path: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, with all their keys: JSON lines, or in .json also a list of objects or a single one.
+
+    Raises:
+        UserError: the file is missing or unreadable, or holds anything else.
+    """
+    import fsspec
+
+    for found in find_inputs([path]):
+        if kind(found.path) not in JSON_LINES:
+            raise UserError(f"{found.path} is not read here: give {' or '.join(JSON_LINES)}, plain or compressed.")
+        try:
+            with fsspec.open(found.path, "rb") as raw:
+                yield from _objects(found.path, _decompress(found.path, raw))
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
+            raise UserError(f"cannot read {found.path} ({error}): copy the file again.") from error
+
+
+def _objects(path: str, file: Any) -> Iterator[dict[str, Any]]:
+    lines: Iterable[Any] = file
+    if kind(path) == ".json":
+        content = file.read()
+        try:
+            whole = json.loads(content)
+            lines = map(json.dumps, whole if isinstance(whole, list) else [whole])
+        except ValueError:
+            lines = content.splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error}): each line must be one object.") from None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path} line {number} is not a JSON object: each line must be one.")
+        yield entry
+
+
 def _parquet(part: Part, raw: Any, text_key: str) -> Iterator[str]:
     """The strings of the cut's row groups; nulls are passed over."""
     try:
