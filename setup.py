@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "gpu": ["triton", "xformers", "flash-linear-attention", "lightning-attn"],
+    "mamba": ["mamba-ssm"],  # the kernel of Mamba's scan; builds with nvcc
     "eval": ["lm-eval>=0.4.9"],
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],

@@ -23,7 +23,7 @@ NORMS = (
     "rms_norm",
     "gemma_rms_norm",
 )
-FEED_FORWARDS = ("swiglu", "swiglu_torch", "gelu", "gemma_geglu", "geglu_tanh")
+FEED_FORWARDS = ("swiglu", "swiglu_torch", "gelu", "gemma_geglu", "geglu_tanh", "none")
 NORM_PLACEMENTS = ("before", "after", "both")
 ROTARY_LAYOUTS = ("rotary", "llama_rotary", "head_rotary", "none")
 
@@ -146,7 +146,7 @@ class ModelConfig:
             )
         if self.qk_norm_per_head and not self.qk_norm:
             raise UserError("qk_norm_per_head says how qk_norm is done: give qk_norm too.")
-        if self.ffn_bias and self.ffn_type in ("gelu", "gemma_geglu"):
+        if self.ffn_bias and self.ffn_type in ("gelu", "gemma_geglu", "none"):
             raise UserError(f"ffn_bias does not belong to ffn_type {self.ffn_type}.")
 
     def _check_rotary(self) -> None:
@@ -234,6 +234,8 @@ class ModelConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, source: str = "model config") -> ModelConfig:
         """Reads OpenLM's flat keys; keys that are not the model's own go to ``attn_options`` unchecked."""
+        if "d_model" in values:
+            values = _from_mamba(values)
         own = {f.name for f in dataclasses.fields(cls)} - {"attn_options"}
         options = {k: v for k, v in values.items() if k not in own}
         for key, inert in _INERT.items():
@@ -253,6 +255,13 @@ class ModelConfig:
         if not isinstance(values, dict):
             raise UserError(f"{path} is not a JSON object of model config keys.")
         return cls.from_json(values, source=str(path))
+
+
+def _from_mamba(values: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenLM's JSON of a Mamba model, which has mamba_ssm's keys, in our terms."""
+    names = {"d_model": "hidden_dim", "n_layer": "n_layers"}
+    fixed = {"n_heads": 1, "ffn_type": "none", "model_norm": "rms_norm", "positional_embedding_type": "none"}
+    return {**fixed, "weight_tying": True, "attn_name": "mamba"} | {names.get(k, k): v for k, v in values.items()}
 
 
 _BIASES = ("qkv_bias", "attn_out_bias", "ffn_bias")
@@ -333,7 +342,7 @@ class ModelSection:
     model_norm: str = ""
     """One of OpenLM's norms."""
     ffn_type: str = ""
-    """swiglu, swiglu_torch, gelu or gemma_geglu."""
+    """swiglu, swiglu_torch, gelu, gemma_geglu, or none (blocks of an attention alone)."""
     qk_norm: bool = False
     """Normalise queries and keys over all heads together."""
     positional_embedding_type: str = ""

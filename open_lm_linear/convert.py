@@ -42,9 +42,9 @@ class ConvertArgs:
     plan: bool = False
     """Read the headers alone and print what would be done."""
     verify: bool = False
-    """Compare our softmax logits with those of transformers on the same weights, layer by layer."""
+    """Compare our logits with those of transformers on the same weights, layer by layer."""
     format: Literal["openlm", "hf"] = "openlm"
-    """openlm: a checkpoint of ours, in OpenLM's keys. hf: what transformers loads without us (softmax models)."""
+    """openlm: a checkpoint of ours, in OpenLM's keys. hf: what transformers loads without us (softmax and Mamba)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights. auto: each tensor's own (float32 where it was quantised)."""
     seed: int = 0
@@ -70,6 +70,7 @@ GROUPS = (
     ("feature maps", ("_totrain_embed",)),
     ("query and key norms", ("q_norm.", "k_norm.")),
     ("attention projections", ("in_proj.", "out_proj.")),
+    ("state spaces", (".conv1d.", ".x_proj.", ".dt_proj.", ".A_log", ".attention.D")),
     ("feed-forward", (".feed_forward.",)),
     ("norms", ("norm.",)),
     ("output", ("output.",)),

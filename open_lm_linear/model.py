@@ -93,8 +93,10 @@ class Embedding(nn.Embedding):
         return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
 
 
-def build_feed_forward(config: ModelConfig, layer: int) -> FeedForward:
-    """The feed-forward part that OpenLM calls ``ffn_type``."""
+def build_feed_forward(config: ModelConfig, layer: int) -> FeedForward | None:
+    """The feed-forward part that OpenLM calls ``ffn_type``; None for ``none``, a block of its attention alone."""
+    if config.ffn_type == "none":
+        return None
     dims = config.hidden_dim, config.ffn_dim
     part: FeedForward
     if config.ffn_type in ("gelu", "gemma_geglu"):
@@ -106,7 +108,10 @@ def build_feed_forward(config: ModelConfig, layer: int) -> FeedForward:
 
 
 class Block(nn.Module):
-    """h = x + attention(norm(x)); h + feed_forward(norm(h)), norms before, after, or on both sides."""
+    """h = x + attention(norm(x)); h + feed_forward(norm(h)), norms before, after, or on both sides.
+
+    Without a feed-forward part (``ffn_type`` none) the block is h.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -118,8 +123,10 @@ class Block(nn.Module):
             wanted = config.norm_placement in placements
             return build_norm(config.model_norm, config.hidden_dim, config.norm_eps) if wanted else None
 
-        self.attention_norm, self.ffn_norm = norm("before", "both"), norm("before", "both")
-        self.attention_post_norm, self.ffn_post_norm = norm("after", "both"), norm("after", "both")
+        self.attention_norm, self.attention_post_norm = norm("before", "both"), norm("after", "both")
+        fed = self.feed_forward is not None
+        self.ffn_norm = norm("before", "both") if fed else None
+        self.ffn_post_norm = norm("after", "both") if fed else None
 
     def init_weights(self) -> None:
         for part in self.children():
@@ -136,6 +143,8 @@ class Block(nn.Module):
     def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The residual stream behind the block, from that before it and the attention's output."""
         h = x + _normed(self.attention_post_norm, mixed)
+        if self.feed_forward is None:
+            return h
         return h + _normed(self.ffn_post_norm, self.feed_forward(_normed(self.ffn_norm, h)))
 
 
@@ -290,7 +299,8 @@ class Transformer(nn.Module):
         total = 2.0 * self.config.vocab_size * self.config.hidden_dim
         for block in self.blocks():
             total += block.attention.flops_per_token(seq_len)
-            total += sum(2.0 * m.weight.numel() for m in block.feed_forward.modules() if isinstance(m, nn.Linear))
+            if block.feed_forward is not None:
+                total += sum(2.0 * m.weight.numel() for m in block.feed_forward.modules() if isinstance(m, nn.Linear))
         return total
 
     def state_bytes(self, batch: int, seq_len: int) -> int:

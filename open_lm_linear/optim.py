@@ -153,8 +153,9 @@ def assign(cfg: OptimConfig, matrices: Mapping[str, bool], new: Collection[str])
 
 
 def is_matrix(name: str, param: Tensor) -> bool:
-    """Whether weight decay applies: to all that has two dimensions, but for biases (one a head has two as well)."""
-    return param.dim() >= 2 and not name.endswith("bias")
+    """Whether weight decay applies: to all that has two dimensions, but for biases (one a head has two as well) and for
+    the logarithms of Mamba's decays, as in mamba_ssm."""
+    return param.dim() >= 2 and not name.endswith(("bias", "A_log"))
 
 
 def trained_names(model: nn.Module, cfg: OptimConfig, new: Collection[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Teacher parity: our softmax model against transformers' on the same weights, and where they part if they do.
+"""Teacher parity: our softmax or Mamba model against transformers' on the same weights, and where they part if they do.
 
     python -m open_lm_linear.convert --verify SOURCE [--text FILE] [--tokens 512] [--layers N]
 
@@ -23,7 +23,7 @@ from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.cli import ProofError, UserError
 from open_lm_linear.model import Transformer, swap
-from open_lm_linear.pretrained.families import FAMILIES, to_hugging_face
+from open_lm_linear.pretrained.families import ATTENTIONS, FAMILIES, to_hugging_face
 from open_lm_linear.pretrained.gguf_files import GGUFReader
 from open_lm_linear.pretrained.loading import load_weights
 from open_lm_linear.pretrained.matching import in_layout, match
@@ -62,7 +62,7 @@ def verify(source: Source, *, text: str = "", tokens: int = 512, layers: int = 0
         UserError: a linear model, which has no counterpart, or nothing to compare with.
         ParityError: the logits differ by more than `LIMIT`.
     """
-    if attention.canonical(source.config.attn_name) != "softmax":
+    if attention.canonical(source.config.attn_name) not in ATTENTIONS:
         raise UserError(f"{source.name} is a {source.config.attn_name} model: transformers has none to compare with.")
     if tokens < 1:
         raise UserError(f"--tokens must be at least 1, not {tokens}.")
@@ -138,7 +138,8 @@ def _empty(values: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
-    implementation = "eager" if values["model_type"] == "gemma2" else "sdpa"  # SDPA cannot cap logits
+    # SDPA cannot cap logits, and there is nothing for it to do in Mamba.
+    implementation = "eager" if values["model_type"] in ("gemma2", "mamba") else "sdpa"
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
 
 
@@ -258,11 +259,15 @@ def _ids(source: Source, text: str, tokens: int) -> tuple[Tensor, str]:
 
 def _points(ours: Transformer, theirs: Any) -> Iterator[Point]:
     """The places to compare, in the order in which a forward pass comes by."""
-    for i, (block, layer) in enumerate(zip(ours.blocks(), theirs.model.layers, strict=True)):
-        yield Point(f"layers.{i}.attention", block.attention, layer.self_attn)
-        yield Point(f"layers.{i}.feed_forward", block.feed_forward, layer.mlp)
+    base = theirs.base_model
+    for i, (block, layer) in enumerate(zip(ours.blocks(), base.layers, strict=True)):
+        yield Point(
+            f"layers.{i}.attention", block.attention, layer.mixer if hasattr(layer, "mixer") else layer.self_attn
+        )
+        if block.feed_forward is not None:
+            yield Point(f"layers.{i}.feed_forward", block.feed_forward, layer.mlp)
         yield Point(f"layers.{i}", block, layer)
-    yield Point("norm", ours.norm, theirs.model.norm)
+    yield Point("norm", ours.norm, base.norm_f if hasattr(base, "norm_f") else base.norm)
 
 
 def _record(points: list[Point], side: Callable[[Point], nn.Module]) -> list[Tensor]:

@@ -90,7 +90,7 @@ for part in ("train", "val"):
 sizes = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "seq_len": 16, "intermediate_dim_ffn": 48}
 (work / "model.json").write_text(json.dumps(sizes))
 flags = {"model": str(work / "model.json"), "attn_name": "linear", "logs": str(work / "logs")}
-flags |= {"device": "cpu", "workers": 0}
+flags |= {"device": "cpu", "workers": 0, "multiple_data_passes": True}
 flags |= {"train_num_samples": 8 * 16 * 25, "epochs": 2, "global_batch_size": 8, "warmup": 5, "log_every_n_steps": 10}
 (work / "tiny.yaml").write_text(json.dumps(flags))
 MAKE

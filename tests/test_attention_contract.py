@@ -139,6 +139,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "softmax-biases": ("softmax", {}, {**BIASES, "partial_rotary_factor": 0.5, "norm_placement": "after"}),
     "softmax-gemma": ("softmax", {}, {**GEMMA, **GQA}),
     "softmax-yarn": ("softmax", {}, {"rotary_scaling": YARN, "no_rotary_layers": [1]}),
+    "mamba-options": (
+        "mamba",
+        {"d_state": 3, "d_conv": 2, "expand": 1, "dt_rank": 5, "conv_bias": False},
+        {"ffn_type": "none", "qkv_bias": True, "attn_out_bias": True},
+    ),
     "plug-in": (PLUGIN, {"sharpness": 2.0}, {}),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

@@ -23,6 +23,7 @@ IDS = torch.arange(2 * TOKENS).view(2, TOKENS) * 7 % 61
 ROPE = {"rope_theta": 5000.0}
 YARN = {**ROPE, "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+EAGER = ("gemma2", "mamba")  # SDPA cannot cap logits, and there is nothing for it to do
 LONG = {"short_factor": [1.0, 1.3, 1.7], "long_factor": [1.5, 2.5, 6.0]}
 
 # model_type, what its config adds to SIZES. Contexts of 16 are outrun by the 45 tokens.
@@ -126,6 +127,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "mamba": ("mamba", {"intermediate_size": 72, "layer_norm_epsilon": 2e-5}),
+    "mamba_everything": (
+        "mamba",
+        {
+            **{"intermediate_size": 108, "expand": 3, "state_size": 5, "conv_kernel": 3, "time_step_rank": 4},
+            **{"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False},
+        },
+    ),
 }
 SIZES = {
     "vocab_size": 61,
@@ -145,7 +154,7 @@ def random_model(folder: Path, kind: str, **fields: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(kind, **{**SIZES, **fields})
-    implementation = "eager" if kind == "gemma2" else "sdpa"
+    implementation = "eager" if kind in EAGER else "sdpa"
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
     for name, param in model.named_parameters():
@@ -162,11 +171,12 @@ def their_logits(model: Any, cut: int | None = None) -> torch.Tensor:
         )  # with dynamic scaling transformers remembers the longest call until a short one
         if cut is None:
             return model(IDS, use_cache=False).logits
+        name = "cache_params" if model.config.model_type == "mamba" else "past_key_values"
         out = model(IDS[:, :cut], use_cache=True)
-        parts, cache = [out.logits], out.past_key_values
+        parts = [out.logits]
         for t in range(cut, TOKENS):
-            out = model(IDS[:, t : t + 1], past_key_values=cache, use_cache=True)
-            parts, cache = [*parts, out.logits], out.past_key_values
+            out = model(IDS[:, t : t + 1], **{name: out[name]}, use_cache=True)
+            parts.append(out.logits)
     return torch.cat(parts, 1)
 
 
@@ -196,7 +206,7 @@ def test_a_checkpoint_comes_in_and_goes_out_with_the_same_logits(case: str, tmp_
     source = open_source(str(tmp_path / "theirs"))
     assert ModelConfig.from_json(json.loads(json.dumps(source.config.to_json()))) == source.config
     convert(prepare(source, format="hf"), tmp_path / "back")
-    implementation = "eager" if kind == "gemma2" else "sdpa"
+    implementation = "eager" if kind in EAGER else "sdpa"
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation=implementation).eval()
     assert type(back) is type(theirs)
     assert torch.equal(their_logits(back), their_logits(theirs))
@@ -225,7 +235,7 @@ def test_the_layout_of_rotary_rows_can_be_chosen(case: str, tmp_path: Path) -> N
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in halves.state_dict().items())
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("case", sorted(case for case, (kind, _) in CASES.items() if kind != "mamba"))
 def test_the_swap_works_for_every_family(case: str, tmp_path: Path) -> None:
     kind, fields = CASES[case]
     random_model(tmp_path, kind, **fields)

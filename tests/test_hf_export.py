@@ -31,6 +31,7 @@ from open_lm_linear.model import Transformer, create_model
 ARCHITECTURES = {
     "linear": tiny("linear"),
     "linear_gqa_qk_norm": tiny("linear", n_heads_kv=2, qk_norm=True),
+    "mamba": tiny("mamba", ffn_type="none", weight_tying=True),
     "softmax_gqa_tied": tiny("softmax", n_heads_kv=2, weight_tying=True),
     "softmax_of_another_family": tiny(
         "softmax",
@@ -94,8 +95,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def exported_module(folders: dict[str, Path]) -> types.ModuleType:
-    """The modeling file of an export, imported as it stands."""
-    spec = importlib.util.spec_from_file_location("stranger_modeling", folders["linear"] / "modeling_open_lm_linear.py")
+    """The modeling file of an export, imported as it stands: the one that carries all three attentions."""
+    spec = importlib.util.spec_from_file_location("stranger_modeling", folders["mamba"] / "modeling_open_lm_linear.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -172,6 +173,8 @@ def test_a_process_without_the_package_loads_and_generates(folders: dict[str, Pa
         assert theirs["said"].startswith("w1 w2 w3")
         if name.startswith("linear"):
             assert theirs["sizes"] == [2 * 4 * 8 * 8 * 4] * 2  # layers, heads, K, V, bytes of a float32
+        elif name == "mamba":
+            assert theirs["sizes"] == [2 * 64 * (16 + 3) * 4] * 2  # layers, channels, states and inputs, bytes
         else:
             assert theirs["sizes"][1] > theirs["sizes"][0]
 

@@ -105,15 +105,15 @@ def test_reading_a_config_loads_no_torch():
 
 
 def test_the_model_needs_no_optional_package():
-    optional = ("triton", "xformers", "fla", "wandb", "transformers", "lm_eval", "lightning_attn", "gguf")
+    optional = ("triton", "xformers", "fla", "wandb", "transformers", "lm_eval", "lightning_attn", "gguf", "mamba_ssm")
     code = (
         f"import sys\nfor name in {optional}: sys.modules[name] = None\n"
         "import open_lm_linear as oll, torch\nfrom open_lm_linear.architecture import ModelConfig\n"
-        "for name in ('linear', 'softmax'):\n"
+        "for name in ('linear', 'mamba', 'softmax'):\n"
         "    model = oll.create_model(ModelConfig(32, 1, 4, 61, attn_name=name))\n"
         "    print(*model(torch.zeros(1, 3, dtype=torch.long))[0].shape)\n"
     )
-    assert run(code).splitlines() == ["1 3 61"] * 2
+    assert run(code).splitlines() == ["1 3 61"] * 3
 
 
 def test_no_unsafe_or_lenient_loading():

@@ -45,11 +45,15 @@ PAPER: dict[str, tuple[int, float, str, str]] = {
     "open_lm_1b_softmax_100b": (10**11, 3e-4, "all", "open_lm_1b"),
     "linear_1b_scratch_100b": (10**11, 3e-4, "all", "linear_1b"),
     "t2r_1b_scratch_100b": (10**11, 3e-4, "all", "t2r_1b"),
+    "mamba_1b_scratch_100b": (10**11, 3e-4, "all", "mamba_1b"),
+    "mamba_7b_scratch_1200b": (12 * 10**11, 3e-4, "all", "mamba_7b"),
     "open_lm_1b_supra_10b": (10**10, 3e-4, "all", "open_lm_1b"),
+    "open_lm_1b_t2r_10b": (10**10, 3e-4, "all", "open_lm_1b"),
     "open_lm_1b_new_weights_10b": (10**10, 3e-4, "new", "open_lm_1b"),
-    "open_lm_1b_two_step, stage 0": (5 * 10**9, 3e-4, "new", "open_lm_1b"),
-    "open_lm_1b_two_step, stage 1": (5 * 10**9, 3e-4, "all", "open_lm_1b"),
+    "open_lm_1b_two_step, stage 0": (10**10, 3e-4, "new", "open_lm_1b"),
+    "open_lm_1b_two_step, stage 1": (10**10, 3e-4, "all", "open_lm_1b"),
 }
+WARMUP = {"mamba_7b_scratch_1200b": 2000}  # by the card of the published model; the others have 1000
 OURS = {"demo", "llama3_8b_supra_20b", "smollm2_supra"}
 LIKE = {**{name: row[3] for name, row in PAPER.items()}, **dict.fromkeys(OURS, "mistral_7b")}  # what is made small
 
@@ -109,7 +113,12 @@ def test_the_papers_numbers(name: str) -> None:
     assert (cfg.run.train_num_samples or 0) * cfg.run.epochs == tokens
     assert 0 <= tokens // STEP - steps_of(cfg) < cfg.run.epochs  # an epoch ends with a whole step
     optim = cfg.optim
-    assert (optim.lr, optim.lr_cooldown_end, optim.lr_scheduler, optim.warmup) == (lr, 1e-5, "cosine", 1000)
+    assert (optim.lr, optim.lr_cooldown_end, optim.lr_scheduler, optim.warmup) == (
+        lr,
+        1e-5,
+        "cosine",
+        WARMUP.get(name, 1000),
+    )
     assert (optim.optimizer, optim.beta1, optim.beta2, optim.train_params) == ("adamw", 0.9, 0.95, trained)
     for gpus in (1, 8, 16, 32, 64, 128):
         assert cfg.run.global_batch_size % (gpus * cfg.run.accum_freq) == 0
@@ -220,7 +229,7 @@ def test_the_tables_numbers_are_the_recipes(name: str) -> None:
     trained = new or sum(sizes.values())
     forward = model.flops_per_token(2048)
     flops = (2 * forward + 2 * new if new else 3 * forward) * steps_of(cfg) * STEP
-    assert tokens == f"{(cfg.run.train_num_samples or 0) * cfg.run.epochs // 10**9}B"
+    assert tokens == f"{(cfg.run.train_num_samples or 0) * cfg.run.epochs // 10**9:,}B"
     assert steps == f"{steps_of(cfg):,}"
     assert memory == f"{4 * (sum(sizes.values()) + 3 * trained) / int(gpus) / 2**30:.1f}"
     expected = flops / (0.3 * 989e12) / 3600

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from open_lm_linear.cli import UserError
 from open_lm_linear.evaluation.subject import load_subject
@@ -41,9 +41,10 @@ def test_ours_and_foreign_models_answer_alike(tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(read.model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 8}
-    foreign = load_subject(save(tmp_path / "mamba", MambaForCausalLM(MambaConfig(**sizes))), name="m", max_length=32)
-    assert (foreign.name, foreign.max_length, type(foreign.model).__name__) == ("m", 32, "MambaForCausalLM")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=8))
+    foreign = load_subject(save(tmp_path / "neox", neox), name="m", max_length=32)
+    assert (foreign.name, foreign.max_length, type(foreign.model).__name__) == ("m", 32, "GPTNeoXForCausalLM")
     assert foreign.model(ids).logits.shape == (1, 4, 8)
 
 

@@ -8,7 +8,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -49,10 +49,21 @@ class Attention(nn.Module, ABC):
     class Config:
         """Options of this attention; the fields become flags when it is chosen."""
 
+    has_heads: ClassVar[bool] = True
+    """Whether it has softmax's heads of queries, keys and values, whose weights a swap carries over."""
+
     def __init__(self, arch: ModelConfig, options: Mapping[str, Any], layer: int) -> None:
         super().__init__()
         self.arch, self.layer = arch, layer
         self.config = self.read_options(options)
+        self.make_projections()
+
+    def make_projections(self) -> None:
+        """Makes what softmax has: the fused projection q | k | v, that of the output, and under ``qk_norm`` the norms.
+
+        An attention without heads of queries, keys and values makes its own parameters here.
+        """
+        arch = self.arch
         q, kv = arch.n_heads * arch.qk_dim, arch.kv_heads * (arch.qk_dim + arch.v_dim)
         self.in_proj = nn.Linear(arch.hidden_dim, q + kv, bias=arch.qkv_bias)
         self.out_proj = nn.Linear(arch.n_heads * arch.v_dim, arch.hidden_dim, bias=arch.attn_out_bias)

@@ -17,7 +17,7 @@ import torch
 from open_lm_linear.cli import ProofError, UserError
 from open_lm_linear.metrics import human_bytes
 from open_lm_linear.model import Transformer, swap
-from open_lm_linear.pretrained.families import to_hugging_face
+from open_lm_linear.pretrained.families import ATTENTIONS, to_hugging_face
 from open_lm_linear.pretrained.loading import load_tokenizer, new_values
 from open_lm_linear.pretrained.matching import BLOCK_BYTES, Match, in_layout, match, part_rows, require_equal
 from open_lm_linear.pretrained.safetensors_files import SafetensorsWriter, tensor_checksums
@@ -90,10 +90,10 @@ def prepare(
     table: Mapping[str, tuple[str, ...]] = {}
     values: dict[str, Any] = model.config.to_json()
     if format == "hf":
-        if model.config.attn_name != "softmax":
+        if model.config.attn_name not in ATTENTIONS:
             raise UserError(
-                "--format hf writes softmax models, which transformers knows: export a linear one with "
-                "`python -m open_lm_linear.hf.export`."
+                f"--format hf writes {' and '.join(sorted(ATTENTIONS, reverse=True))} models, which transformers "
+                "knows: export a linear one with `python -m open_lm_linear.hf.export`."
             )
         family, values = to_hugging_face(model.config, source.family)
         values |= _special_tokens(source, model.config.vocab_size)

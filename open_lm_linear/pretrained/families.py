@@ -1,4 +1,4 @@
-"""The families of the Llama kind in transformers: one declarative entry each, read in both directions.
+"""The families of the Llama kind in transformers, and Mamba: one declarative entry each, read in both directions.
 
 A `Family` says which of their config fields are which of ours, what it always has, and which of their tensors are the
 rows of ours. ``from_hugging_face`` and ``to_hugging_face`` walk the same entry, so a config that goes out comes back as
@@ -65,6 +65,19 @@ _BOTH_NORMS: KeyTable = {
     "layers.{i}.ffn_post_norm.weight": _layer("post_feedforward_layernorm.weight"),
 }
 
+_MIXER = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+_MAMBA_KEYS: KeyTable = {
+    **{key: () for key in LLAMA_KEYS if ".feed_forward." in key or key.split(".")[-2] in ("q_norm", "k_norm")},
+    **{
+        f"layers.{{i}}.attention.{name}": (f"backbone.layers.{{i}}.mixer.{name}",)
+        for name in ("A_log", "D", *(f"{part}.{kind}" for part in _MIXER for kind in ("weight", "bias")))
+    },
+    "tok_embeddings.weight": ("backbone.embeddings.weight",),
+    "layers.{i}.attention_norm.weight": ("backbone.layers.{i}.norm.weight",),
+    "layers.{i}.ffn_norm.weight": (),
+    "norm.weight": ("backbone.norm_f.weight",),
+}
+
 # Theirs -> ours, the same value. Where one of theirs is several of ours, all of them hold it.
 COMMON: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_dim",),
@@ -99,8 +112,8 @@ class Trait:
 class Family:
     """One model type of transformers.
 
-    ``fields`` are renamings beside `COMMON`; ``fixed`` is what every model of the family has in our terms; ``refused``
-    names fields with the only values that we can represent.
+    ``fields`` are renamings beside `COMMON`, () for those of it that the family does not have; ``fixed`` is what every
+    model of the family has in our terms; ``refused`` names fields with the only values that we can represent.
     """
 
     model_type: str
@@ -110,6 +123,11 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     keys: KeyTable = field(default_factory=dict)
     refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def renamed(self) -> dict[str, tuple[str, ...]]:
+        """Their field -> ours, of all that are only renamed."""
+        return {theirs: ours for theirs, ours in {**COMMON, **self.fields}.items() if ours}
 
     def table(self, layers: int) -> dict[str, tuple[str, ...]]:
         """Our key -> their keys, every layer written out."""
@@ -267,6 +285,23 @@ SKIPPED_ROTARY = Trait(
     lambda values, _: {"no_rotary_layers": tuple(i for i, on in enumerate(values["no_rope_layers"]) if not on)},
     lambda config: {"no_rope_layers": [int(i not in config.no_rotary_layers) for i in range(config.n_layers)]},
 )
+_MAMBA_OPTIONS = {"state_size": "d_state", "conv_kernel": "d_conv", "expand": "expand", "time_step_rank": "dt_rank"}
+_MAMBA_OPTIONS["use_conv_bias"] = "conv_bias"
+
+
+def _read_mamba(values: Values, source: str) -> Values:
+    if values["intermediate_size"] != values["expand"] * values["hidden_size"]:
+        raise _cannot(source, "intermediate_size", values["intermediate_size"])
+    options = {ours: values[theirs] for theirs, ours in _MAMBA_OPTIONS.items()}
+    return {"attn_options": options, "seq_len": values.get("max_position_embeddings") or ModelConfig.seq_len}
+
+
+def _write_mamba(config: ModelConfig) -> Values:
+    options = config.attn_options
+    return {theirs: options[ours] for theirs, ours in _MAMBA_OPTIONS.items() if ours in options}
+
+
+MAMBA = Trait(_read_mamba, _write_mamba)
 SCALED_EMBEDDING = Trait(lambda values, _: {"embedding_scale": values["hidden_size"] ** 0.5}, lambda _: {})
 
 # ---- the families --------------------------------------------------------------------------------------------------
@@ -328,8 +363,26 @@ FAMILIES = {
             _BOTH_NORMS,
             {"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},
         ),
+        Family(
+            "mamba",
+            "MambaForCausalLM",
+            (MAMBA,),
+            {
+                **dict.fromkeys(
+                    ("num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps"), ()
+                ),
+                "layer_norm_epsilon": ("norm_eps",),
+                "use_bias": ("qkv_bias", "attn_out_bias"),
+            },
+            {**_RMS, "attn_name": "mamba", "ffn_type": "none", "positional_embedding_type": "none", "n_heads": 1},
+            _MAMBA_KEYS,
+            {"hidden_act": ("silu",)},
+        ),
     )
 }
+
+ATTENTIONS = {family.fixed.get("attn_name", "softmax") for family in FAMILIES.values()}
+"""The attentions of which transformers has models."""
 
 # What every config has that does not change what a model computes, for naming the fields that do.
 _INERT = {
@@ -354,14 +407,14 @@ def from_hugging_face(values: Mapping[str, Any], *, source: str) -> ModelConfig:
         raise UserError(f"{source}: {_unsupported(kind, values)}")
     family = FAMILIES[kind]
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-        if name not in values:
+        if name in family.renamed and name not in values:
             raise UserError(f"{source}: the config field {name} is missing.")
     full = _completed(kind, values, source)
     for name, allowed in {"quantization_config": (None,), **family.refused}.items():
         if full.get(name) not in allowed:
             raise _cannot(source, name, full[name])
     ours: Values = dict(family.fixed)
-    for theirs, names in {**COMMON, **family.fields}.items():
+    for theirs, names in family.renamed.items():
         value = full.get(theirs)
         ours |= dict.fromkeys(names, bool(value) if theirs in _SWITCHES else value)
     for trait in family.traits:
@@ -389,11 +442,12 @@ def _unsupported(kind: str, values: Mapping[str, Any]) -> str:
 
 
 def to_hugging_face(config: ModelConfig, preferred: str | None = None) -> tuple[Family, Values]:
-    """A softmax model's config as a ``config.json``, of the first family that can say all of it.
+    """A model's config as a ``config.json``, of the first family that can say all of it.
 
     Raises:
         UserError: no family can.
     """
+    config = attention.resolve(config.attn_name).complete(config)
     names = [preferred, *FAMILIES] if preferred in FAMILIES else list(FAMILIES)
     for name in names:
         family = FAMILIES[str(name)]
@@ -411,11 +465,11 @@ def to_hugging_face(config: ModelConfig, preferred: str | None = None) -> tuple[
 
 def _written(family: Family, config: ModelConfig) -> Values:
     values: Values = {"model_type": family.model_type, "architectures": [family.architecture]}
-    for theirs, names in {**COMMON, **family.fields}.items():
+    for theirs, names in family.renamed.items():
         values[theirs] = getattr(config, names[0])
-    values |= {"num_key_value_heads": config.kv_heads, "intermediate_size": config.ffn_dim}
-    if "query_pre_attn_scalar" in values:
-        values["query_pre_attn_scalar"] = config.query_pre_attn_scalar or config.qk_dim
+    spelt: Values = {"num_key_value_heads": config.kv_heads, "intermediate_size": config.ffn_dim}
+    spelt["query_pre_attn_scalar"] = config.query_pre_attn_scalar or config.qk_dim
+    values |= {name: value for name, value in spelt.items() if name in values}
     for trait in family.traits:
         values |= trait.write(config)
     return values
@@ -431,11 +485,11 @@ def _plain(config: ModelConfig) -> Values:
         "intermediate_dim_ffn": config.ffn_dim,
         "ffn_type": "swiglu" if config.ffn_type == "swiglu_torch" else config.ffn_type,
         "query_pre_attn_scalar": config.query_pre_attn_scalar or config.qk_dim,
-        "attn_name": "softmax",
+        "attn_name": attention.canonical(config.attn_name),
         "sliding_window": None,
         "sliding_window_layers": None,
-        "attn_options": {},
     }
+    config = attention.resolve(config.attn_name).complete(config)
     return dataclasses.asdict(dataclasses.replace(config, **same)) | {"windows": slides}
 
 

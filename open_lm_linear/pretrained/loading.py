@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig, ModelSection
 from open_lm_linear.cli import UserError
 from open_lm_linear.model import Transformer, read_config, swap
@@ -199,7 +200,9 @@ def tokenizer_source(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 def describe(config: ModelConfig) -> str:
     """One line on an architecture, for logs."""
+    heads = f"{config.n_heads} heads ({config.kv_heads} key-value), head_dim {config.qk_dim}, "
     return (
-        f"{config.n_layers} layers, hidden {config.hidden_dim}, {config.n_heads} heads ({config.kv_heads} key-value), "
-        f"head_dim {config.qk_dim}, vocabulary {config.vocab_size}, {config.attn_name} attention"
+        f"{config.n_layers} layers, hidden {config.hidden_dim}, "
+        f"{heads if attention.resolve(config.attn_name).has_heads else ''}"
+        f"vocabulary {config.vocab_size}, {config.attn_name} attention"
     )

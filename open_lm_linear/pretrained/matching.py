@@ -128,6 +128,8 @@ def match(model: Transformer, source: Source) -> Match:
     """
     params = dict(model.named_parameters())
     swapped = is_swap(model, source)
+    if swapped:
+        _require_heads(model, source)
     available = source.reader.names()
     turns = _Turns(source, model.config)
     result = Match()
@@ -161,6 +163,17 @@ def match(model: Transformer, source: Source) -> Match:
     if missing or homeless:
         raise UserError(f"{source.name}: {_misfits(missing, homeless)}.")
     return result
+
+
+def _require_heads(model: Transformer, source: Source) -> None:
+    """Raises UserError where a swap has nothing to carry over: one of the two has no queries, keys and values."""
+    before, after = attention.canonical(source.config.attn_name), model.config.attn_name
+    for kind in (attention.resolve(before), *(type(block.attention) for block in model.blocks())):
+        if not kind.has_heads:
+            raise UserError(
+                f"{source.name}: {before} cannot be swapped for {after}: {kind.__name__} has no queries, keys and "
+                "values, so no weights carry over; train from scratch with --model."
+            )
 
 
 def _misfits(missing: list[str], homeless: list[str]) -> str:
