@@ -4,9 +4,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "gpu": ["triton", "xformers", "flash-linear-attention", "lightning-attn"],
+    "gpu": ["triton", "xformers", "flash-linear-attention>=0.4", "lightning-attn"],
     "mamba": ["mamba-ssm"],  # the kernel of Mamba's scan; builds with nvcc
-    "eval": ["lm-eval>=0.4.9"],
+    "eval": ["lm-eval[hf]>=0.4.13", "matplotlib>=3.7"],
     "wandb": ["wandb"],
     "tensorboard": ["tensorboard"],
     "adamw8bit": ["torchao"],
@@ -16,11 +16,10 @@ EXTRAS = {
     "ray": ["ray"],  # prepare --engine ray
     "serve": ["transformers[serving]>=5.17"],
     # accelerate and webdataset: what the tests compare our GGUF reader and our shards with; aiohttp: URLs;
-    # pyarrow: parquet; transformers[serving]: the server, and the client that the tests ask it with.
+    # pyarrow: parquet; lm-eval: the evaluation; transformers[serving]: the server, and the client that asks it.
     "dev": [
         *("pytest>=8", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7"),
-        *("accelerate", "webdataset", "aiohttp", "pyarrow"),
-        "transformers[serving]>=5.17",
+        *("accelerate", "webdataset", "aiohttp", "pyarrow", "lm-eval[hf]>=0.4.13", "transformers[serving]>=5.17"),
     ],
 }
 
@@ -33,10 +32,11 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["open_lm_linear", "open_lm_linear.*"]),
-    package_data={"open_lm_linear": ["py.typed"]},
+    package_data={"open_lm_linear": ["py.typed", "evaluation/published.yaml"]},
     # configs/ lies beside the package in a checkout and under the environment's share/ when installed from a wheel.
     data_files=[
-        (f"share/open_lm_linear/configs/{kind}", sorted(glob(f"configs/{kind}/*"))) for kind in ("models", "runs")
+        (f"share/open_lm_linear/configs/{kind}", sorted(glob(f"configs/{kind}/*")))
+        for kind in ("models", "runs", "suites")
     ],
     install_requires=[
         "torch>=2.6",

@@ -152,7 +152,8 @@ class ModelConfig:
     def _check_rotary(self) -> None:
         if self.positional_embedding_type != "none" and self.qk_dim % 2:
             raise UserError(f"rotary embeddings need an even qk_head_dim, not {self.qk_dim}.")
-        if self.partial_rotary_factor > 1 or int(self.qk_dim * self.partial_rotary_factor) % 2:
+        uneven = int(self.qk_dim * self.partial_rotary_factor) % 2 and self.positional_embedding_type != "none"
+        if self.partial_rotary_factor > 1 or uneven:
             raise UserError(
                 f"partial_rotary_factor {self.partial_rotary_factor} of a head of {self.qk_dim} is not an even number "
                 "of dimensions, at most all."
@@ -335,8 +336,8 @@ class ModelSection:
     pretrained: str = ""
     """Pretrained weights: smollm2, mistral, llama2, llama3, a folder, file, URL or hub id (owner/name@revision)."""
     attn_name: str = ""
-    """Attention to swap in: linear, softmax, a preset of linear's options (supra, t2r, elu, hedgehog, retention), or
-    package.module:Class. Its options become flags."""
+    """Attention to swap in: linear, window, linear_window, gated_linear, gated_delta, softmax; a preset (supra, t2r, elu,
+    hedgehog, retention, lolcats); or package.module:Class. Its options become flags."""
     attn_layers: tuple[str, ...] = ()
     """LAYERS=ATTENTION, layers (from 0) that have another attention: 0,8,16=softmax keeps the teacher's."""
     model_norm: str = ""

@@ -20,7 +20,7 @@ from open_lm_linear.architecture import ModelSection, shipped
 from open_lm_linear.checkpoint import CheckpointConfig
 from open_lm_linear.cli import UserError, did_you_mean
 from open_lm_linear.data.stream import DataConfig
-from open_lm_linear.gauges import MeasureConfig
+from open_lm_linear.gauges import EvalConfig, MeasureConfig
 from open_lm_linear.optim import OptimConfig
 from open_lm_linear.parallel import ParallelConfig
 from open_lm_linear.retired import RETIRED
@@ -85,6 +85,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     @property
     def folder(self) -> Path:
@@ -183,6 +184,7 @@ def check(cfg: Config) -> None:
     for name in ("fit_tokens", "first_sample"):
         if getattr(cfg.run, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(cfg.run, name)}.")
+    cfg.evaluation.check()
     check_reports(cfg.run.report_to)
 
 

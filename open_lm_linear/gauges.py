@@ -58,6 +58,35 @@ class MeasureConfig:
             raise UserError(f"--profile {self.profile} ends after the run's {steps} steps: begin earlier.")
 
 
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training."""
+
+    eval_every: int = 0
+    """Steps between two evaluations; the last step is one too. 0: none."""
+    eval_suite: str = ""
+    """Suite of multiple-choice tasks: a name under configs/suites, or a .yaml path."""
+    eval_limit: int | None = None
+    """Examples of each task to use at most. None: all."""
+    eval_include_path: str = ""
+    """Folder of task files for lm-evaluation-harness; a TASK_local of theirs stands in for TASK."""
+    eval_prompts: tuple[str, ...] = ()
+    """Beginnings that the model goes on from, greedily."""
+    eval_tokens: int = 32
+    """Tokens that each prompt is continued by."""
+    eval_tokenizer: str = ""
+    """Folder, preset or hub id of the tokenizer. Empty: that of --pretrained."""
+
+    def check(self) -> None:
+        """Refuses what says nothing or cannot be done."""
+        for name, least in (("eval_every", 0), ("eval_tokens", 1), ("eval_limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {value}.")
+        if bool(self.eval_every) != bool(self.eval_suite or self.eval_prompts):
+            raise UserError("evaluation during training needs --eval-every and --eval-suite or --eval-prompts.")
+
+
 def peak_flops(name: str) -> float | None:
     """The dense bfloat16 FLOPs/s of a GPU by its name; None where they are not known."""
     words = set(name.replace("-", " ").split())

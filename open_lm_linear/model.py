@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = super().forward(input_ids)
-        return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        return x if self.scale is None else x * torch.full((), self.scale, dtype=x.dtype, device=x.device)
 
 
 def build_feed_forward(config: ModelConfig, layer: int) -> FeedForward | None:
@@ -167,6 +167,21 @@ class Past:
         """Bytes of all layers' states together, all rows."""
         return sum(s.nbytes() for s in self.layers)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name: ``positions`` and, for layer 0, ``layers.0.S`` or whatever its state holds."""
+        states = {f"layers.{i}.{name}": x for i, s in enumerate(self.layers) for name, x in s.tensors().items()}
+        return {"positions": self.positions, **states}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Past:
+        """A past of the same kind of states that holds ``tensors``, named as `tensors` names them."""
+        held: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        for key, value in tensors.items():
+            if key != "positions":
+                _, layer, name = key.split(".")
+                held[int(layer)][name] = value
+        layers = tuple(state.from_tensors(h) for state, h in zip(self.layers, held, strict=True))
+        return Past(layers, tensors["positions"])
+
 
 class Transformer(nn.Module):
     """OpenLM's Transformer: embeddings -> blocks -> norm -> output, keys as in its checkpoints.
@@ -242,8 +257,12 @@ class Transformer(nn.Module):
         past: Past | None = None,
         attention_mask: Tensor | None = None,
         first: Tensor | None = None,
+        block_inputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, Past]:
-        """The hidden states (B, T, hidden_dim) after the final norm, without logits, and the past."""
+        """The hidden states (B, T, hidden_dim) after the final norm, without logits, and the past.
+
+        ``block_inputs``, where given, gets the input (B, T, hidden_dim) of every block.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = inputs_embeds if inputs_embeds is not None else self.tok_embeddings(input_ids)
@@ -254,6 +273,8 @@ class Transformer(nn.Module):
         states: list[State] = []
         for i, layer in enumerate(self.layers):
             before = None if past is None else past.layers[i]
+            if block_inputs is not None:
+                block_inputs.append(x)
             every = self.grad_checkpointing if self.training and torch.is_grad_enabled() else 0
             if every and i % every == 0:
                 x, state = recomputed(self.grad_checkpointing_mode, layer, x, positions, keep, first, before)
@@ -312,7 +333,8 @@ def _keep(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     if attention_mask is None:
         return None
     keep = attention_mask[:, -tokens:].bool()
-    return None if bool(keep.all()) else keep
+    # Nothing padded is the quicker case, but a compiled graph cannot ask.
+    return None if not torch.compiler.is_compiling() and bool(keep.all()) else keep
 
 
 def _positions(x: Tensor, past: Past | None, keep: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor]:

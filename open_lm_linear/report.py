@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 
 from open_lm_linear.cli import UserError, command, parse
+from open_lm_linear.evaluation.tables import Table
 
 EVALUATION = "evaluation.json"
 PAPER_TOKENS = (20_000_000_000, 100_000_000_000)  # arXiv 2405.06640, the range of its uptraining
@@ -50,33 +51,6 @@ SETTINGS = (
     *("beta1", "beta2", "eps", "grad_clip_norm", "z_loss_coefficient", "train_data", "dataset_manifest"),
     *("global_batch_size", "accum_freq", "seq_len", "train_num_samples", "epochs", "precision", "seed"),
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns under a title; the first column is text, the others are right-aligned numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def text(self) -> str:
-        """For a terminal."""
-        widths = [max(len(row[i]) for row in (self.header, *self.rows)) for i in range(len(self.header))]
-
-        def line(cells: tuple[str, ...]) -> str:
-            others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
-            return "  ".join([cells[0].ljust(widths[0]), *others])
-
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([self.title, rule, line(self.header), rule, *map(line, self.rows), rule])
-
-    def markdown(self) -> str:
-        def line(cells: Iterable[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-        ruler = line("---" if i == 0 else "---:" for i in range(len(self.header)))
-        return "\n".join([f"### {self.title}", "", line(self.header), ruler, *map(line, self.rows)])
 
 
 def report(run: Path) -> dict[str, Any]:

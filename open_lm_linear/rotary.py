@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.cli import UserError
+from open_lm_linear.ops.constants import constant, numbers
 
 Tensor = torch.Tensor
 
@@ -101,23 +101,20 @@ def _round(frequencies: Tensor, rounding: str) -> Tensor:
     return frequencies.to(torch.bfloat16).float() if rounding == "bfloat16" else frequencies
 
 
-@lru_cache(maxsize=64)
+@constant
 def _divided(dims: int, base: float, scale: float, factors: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # kept for later calls, of which some may be training
-        divisors = torch.tensor(factors, dtype=torch.float32, device=device)
-        return 1.0 / (divisors * scale * base ** _exponents(dims, device))
+    return 1.0 / (numbers(factors, device) * scale * base ** _exponents(dims, device))
 
 
-@lru_cache(maxsize=64)
+@constant
 def _fixed(dims: int, base: float, scale: float, rounding: str, scaling: Any, device: torch.device) -> Tensor:
     """Frequencies that do not depend on the context's length."""
-    with torch.inference_mode(False):
-        frequencies = 1.0 / (scale * base ** _exponents(dims, device))
-        if scaling is not None:
-            options = dict(scaling)
-            scaled = {"llama3": _llama3, "yarn": _yarn}[options["rope_type"]]
-            frequencies = scaled(frequencies, options, base)
-        return _round(frequencies, rounding)
+    frequencies = 1.0 / (scale * base ** _exponents(dims, device))
+    if scaling is not None:
+        options = dict(scaling)
+        scaled = {"llama3": _llama3, "yarn": _yarn}[options["rope_type"]]
+        frequencies = scaled(frequencies, options, base)
+    return _round(frequencies, rounding)
 
 
 def _llama3(frequencies: Tensor, options: Mapping[str, Any], _: float) -> Tensor:

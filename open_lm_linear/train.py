@@ -15,6 +15,7 @@ from open_lm_linear.averaging import Averagers
 from open_lm_linear.checkpoint import TrainState
 from open_lm_linear.config import Config
 from open_lm_linear.data import masks, stream
+from open_lm_linear.evaluation.during_training import Evaluator
 from open_lm_linear.fit import fit_output_projections
 from open_lm_linear.metrics import Logger, Window, human_time, log_line, memory_bytes
 from open_lm_linear.model import Transformer
@@ -50,6 +51,7 @@ def train(cfg: Config) -> Path | None:
         cfg = dataclasses.replace(cfg, data=masks.resolved(cfg.data, model.config.vocab_size))
         stream.check(cfg.data, seq_len, model.config.vocab_size)
         plan = Plan.of(cfg, model, source, seq_len, ctx)
+        evaluator = Evaluator(cfg, ctx, model.config.vocab_size, seq_len, plan.steps)
         run = cfg.folder
         remote = RemoteCopy(cfg.checkpoint.remote_sync, run) if cfg.checkpoint.remote_sync and ctx.is_main else None
         resume_from, warning = run_folder.claim(cfg, run, ctx, remote)
@@ -152,6 +154,7 @@ def train(cfg: Config) -> Path | None:
                     _report(log, window, state, lr, norm, plan, ctx, flops, norms)
                 if cfg.measure.log_state_every and state.step % cfg.measure.log_state_every == 0:
                     log.row("states.jsonl", {"step": state.step, **gauges.probe_states(model, batch[:, :-1], ctx)})
+                evaluator.after_step(model, log, state, window)
             epoch, within = divmod(state.step, plan.steps_per_epoch)
             last = state.step == plan.steps
             ended = within == 0 and not bad

@@ -120,7 +120,7 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_only_softmax_models_go_out_to_transformers(tmp_path: Path) -> None:
     random_model(tmp_path, "llama")
-    with pytest.raises(UserError, match=r"export a linear one with `python -m open_lm_linear.hf.export`"):
+    with pytest.raises(UserError, match=r"export a linear one with `python -m open_lm_linear.export`"):
         prepare(open_source(str(tmp_path)), "linear", format="hf")
 
 

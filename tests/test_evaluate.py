@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from open_lm_linear import evaluate as evaluation
 from open_lm_linear import report as reporting
 from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.cli import UserError
+from open_lm_linear.evaluation import run as evaluation
 from open_lm_linear.model import Transformer, create_model
 
 VOCAB = 61
@@ -217,10 +217,8 @@ def test_a_run_is_evaluated_from_its_folder(tmp_path: Path, monkeypatch) -> None
     loaders = {name: lambda dtype, attn=attn: tiny(attn).to(dtype) for name, attn in names.items()}
     monkeypatch.setattr(evaluation, "loaders", lambda *_: loaders)
     monkeypatch.setattr(pretrained, "load_tokenizer", lambda _: Words())
-    args = evaluation.Args(
-        str(run), contexts=(8, 16), timed_tokens=2, prompts=("one two three",), precision="fp32", device="cpu"
-    )
-    result = evaluation.evaluate(args)
+    args = evaluation.RunArgs(str(run), contexts=(8, 16), timed_tokens=2, prompts=("one two three",), precision="fp32")
+    result = evaluation.evaluate_run(args, "cpu")
     saved = json.loads((run / "evaluation.json").read_text())
     assert saved["perplexity"]["models"]["teacher"]["tokens"] == 96 and saved["perplexity"]["seq_len"] == 16
     direct = evaluation.perplexity(tiny("softmax"), [torch.from_numpy(rows)])
@@ -230,7 +228,7 @@ def test_a_run_is_evaluated_from_its_folder(tmp_path: Path, monkeypatch) -> None
     ]  # fmt: skip
     assert set(result["samples"]["rows"][0]) == {"prompt", "teacher", "uptrained"}
     assert saved["parameters"]["new"] > 0 and saved["machine"]["cores"] >= 1
-    few = evaluation.evaluate(evaluation.Args(str(run), max_val_tokens=32, skip=("decoding", "samples"), device="cpu"))
+    few = evaluation.evaluate_run(evaluation.RunArgs(str(run), max_val_tokens=32, skip=("decoding", "samples")), "cpu")
     assert few["perplexity"]["models"]["uptrained"]["tokens"] == 32 and "decoding" not in few
     with pytest.raises(UserError, match="is not a run folder"):
-        evaluation.evaluate(evaluation.Args(str(data), device="cpu"))
+        evaluation.evaluate_run(evaluation.RunArgs(str(data)), "cpu")

@@ -28,7 +28,7 @@ LAYERS = [
     ["config", "hf"],
     ["evaluation"],
     ["evaluate", "report", "parity", "serve", "vllm"],
-    ["train", "convert", "plan", "run_folder", "validation"],
+    ["train", "convert", "export", "plan", "run_folder", "validation"],
     ["main"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -6,32 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from toy_tasks import VOCAB, WORDS, llama, save
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from open_lm_linear.cli import UserError
 from open_lm_linear.evaluation.subject import load_subject
-
-WORDS = ["<eos>", "a", "b", "c", "d"]
-
-
-def tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
-
-
-def save(folder: Path, model, words: list[str] = WORDS) -> str:
-    model.save_pretrained(folder)
-    tokenizer(words).save_pretrained(folder)
-    return str(folder)
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8, max_position_embeddings=64)).eval()
 
 
 def test_ours_and_foreign_models_answer_alike(tmp_path: Path) -> None:
@@ -42,7 +21,7 @@ def test_ours_and_foreign_models_answer_alike(tmp_path: Path) -> None:
     torch.testing.assert_close(read.model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=8))
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=VOCAB))
     foreign = load_subject(save(tmp_path / "neox", neox), name="m", max_length=32)
     assert (foreign.name, foreign.max_length, type(foreign.model).__name__) == ("m", 32, "GPTNeoXForCausalLM")
     assert foreign.model(ids).logits.shape == (1, 4, 8)

@@ -19,5 +19,5 @@ echo "== 3. Measure teacher, swapped and uptrained; write the report"
 python -m open_lm_linear.evaluate --run "$run"
 
 echo "== 4. Hand over a Hugging Face folder"
-python -m open_lm_linear.hf.export "$run" "$run/hf" --dtype float32
+python -m open_lm_linear.export "$run" "$run/hf" --dtype float32
 echo "done: report in $run/report.md, model in $run/hf"

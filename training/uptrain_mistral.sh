@@ -21,4 +21,4 @@ torchrun --standalone --nproc-per-node "$GPUS" -m open_lm_linear.main --config "
 [[ " $* " == *" --dry-run "* ]] && exit
 
 python -m open_lm_linear.evaluate --run "logs/$NAME"
-python -m open_lm_linear.hf.export "logs/$NAME" "logs/$NAME/hf" --dtype bfloat16 --overwrite
+python -m open_lm_linear.export "logs/$NAME" "logs/$NAME/hf" --dtype bfloat16 --overwrite

@@ -32,6 +32,16 @@ class State(ABC):
     def nbytes(self) -> int:
         """Bytes that the remembered content of all rows takes."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The content by name: all that `from_tensors` needs to make this state again. Here: the dataclass's fields."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> State:
+        """The state with this content, whose tensors it takes as they are."""
+        return cls(**tensors)
+
 
 class Attention(nn.Module, ABC):
     """One attention layer: (B, T, hidden_dim) -> (B, T, hidden_dim), causal.

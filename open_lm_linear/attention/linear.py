@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.attention.base import Attention, State, Tensor, build_norm, norm_over_heads
 from open_lm_linear.cli import UserError
 from open_lm_linear.feature_maps import NON_NEGATIVE, Activation, FeatureMap, Init, Layout, width
+from open_lm_linear.ops.constants import constant, numbers
 from open_lm_linear.ops.linear_attention import linear_attention
 from open_lm_linear.rotary import Rotary
 
@@ -41,6 +41,7 @@ class LinearState(State):
     Z: Tensor | None = None
 
     def select(self, rows: Tensor) -> LinearState:
+        rows = rows.to(self.S.device)  # layers may lie on several devices
         return LinearState(self.S.index_select(0, rows), None if self.Z is None else self.Z.index_select(0, rows))
 
     def nbytes(self) -> int:
@@ -307,10 +308,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@lru_cache(maxsize=64)
+@constant
 def _log_decay(slopes: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # kept for later calls, of which some may be training
-        return -torch.tensor(slopes, dtype=torch.float32, device=device)
+    return -numbers(slopes, device)
 
 
 MIXER = LinearAttention

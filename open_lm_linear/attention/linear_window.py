@@ -42,6 +42,14 @@ class LinearWindowState(State):
     def nbytes(self) -> int:
         return self.near.nbytes() + self.far.nbytes()
 
+    def tensors(self) -> dict[str, Tensor]:
+        return self.near.tensors() | self.far.tensors()
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LinearWindowState:
+        far = {name: tensors[name] for name in ("S", "Z") if name in tensors}
+        return cls(WindowState.from_tensors(tensors), LinearState(**far))
+
 
 class Mix(nn.Module):
     """One number a head (H, 1), from 0 on."""

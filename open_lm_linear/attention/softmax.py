@@ -18,18 +18,28 @@ class _Buffer:
     """Keys, values and document numbers of a batch, with room to grow; shared by successive states."""
 
     def __init__(self, k: Tensor, v: Tensor, document: Tensor) -> None:
-        self.k, self.v, self.document, self.used = k, v, document, k.shape[1]
+        self.k, self.v, self.document = k, v, document
+        self.free = {k.shape[1]}  # where the next tokens may go; none while a state is writing them
 
-    def fits(self, begin: int, more: int) -> bool:
-        """Whether ``more`` tokens can be written after ``begin`` without touching what another state or graph reads."""
+    def take(self, begin: int, more: int) -> bool:
+        """Whether ``more`` tokens can be written after ``begin`` without touching what another state or graph reads.
+
+        Of several states, or threads, that go on from one place, the first one gets it.
+        """
         # A graph may need the buffer as it is, and what inference mode made cannot be written outside of it.
         writable = not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not self.k.is_inference())
-        return writable and begin == self.used and begin + more <= self.k.shape[1]
+        if not writable or begin + more > self.k.shape[1]:
+            return False
+        try:
+            self.free.remove(begin)  # one step, so that no other thread can come between
+        except KeyError:
+            return False
+        return True
 
     def write(self, begin: int, k: Tensor, v: Tensor, document: Tensor) -> None:
         end = begin + k.shape[1]
         self.k[:, begin:end], self.v[:, begin:end], self.document[:, begin:end] = k, v, document
-        self.used = end
+        self.free = {end}
 
     @classmethod
     def copy(cls, k: Tensor, v: Tensor, document: Tensor, capacity: int) -> _Buffer:
@@ -39,7 +49,7 @@ class _Buffer:
             return room
 
         buffer = cls(grown(k), grown(v), grown(document))
-        buffer.used = k.shape[1]
+        buffer.free = {k.shape[1]}
         return buffer
 
 
@@ -73,7 +83,7 @@ class KVState(State):
     def extended(self, k: Tensor, v: Tensor, document: Tensor, current: Tensor, plain: bool) -> KVState:
         """This state with T tokens more. Written in place where no other state has gone on from here."""
         more, length = k.shape[1], self.length + k.shape[1]
-        if self.buffer.fits(self.length, more):
+        if self.buffer.take(self.length, more):
             buffer, begin = self.buffer, self.begin
         else:
             # Under autograd no room: a later call without it must not write into what the graph has saved.
@@ -90,11 +100,21 @@ class KVState(State):
         return replace(self, begin=max(self.begin, self.length - window))
 
     def select(self, rows: Tensor) -> KVState:
+        rows = rows.to(self.document.device)  # layers may lie on several devices
         k, v, document = (x.index_select(0, rows) for x in (self.k, self.v, self.document))
         return KVState(_Buffer(k, v, document), k.shape[1], self.current.index_select(0, rows), self.plain)
 
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.k, self.v))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"k": self.k, "v": self.v, "document": self.document, "current": self.current}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> KVState:
+        document = tensors["document"]
+        buffer = _Buffer(tensors["k"], tensors["v"], document)
+        return cls(buffer, document.shape[1], tensors["current"], plain=bool((document == 0).all()))
 
 
 class SoftmaxAttention(Attention):

@@ -49,6 +49,17 @@ class WindowState(State):
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (*self.ring, *self.sinks))
 
+    def tensors(self) -> dict[str, Tensor]:
+        ring = {f"ring{i}": x for i, x in enumerate(self.ring)}
+        return {**ring, **{f"sinks{i}": x for i, x in enumerate(self.sinks)}, "seen": self.seen}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> WindowState:
+        def part(name: str) -> tuple[Tensor, ...]:
+            return tuple(tensors[f"{name}{i}"] for i in range(len(tensors)) if f"{name}{i}" in tensors)
+
+        return cls(part("ring"), part("sinks"), tensors["seen"])
+
 
 def check_window(window: int, sinks: int) -> None:
     """Refuses a window or a number of sinks that cannot be."""

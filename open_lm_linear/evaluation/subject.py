@@ -43,25 +43,19 @@ def load_subject(
         max_length: tokens of context (default: the length that the model was trained at).
 
     Raises:
-        UserError: nothing there, no tokenizer, or a tokenizer with more tokens than the model.
+        UserError: nothing there, no causal language model, no tokenizer, or one with more tokens than the model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from open_lm_linear.hf.wrap import wrap
     from open_lm_linear.pretrained import load_pretrained, load_tokenizer
 
     dtype = dtype or torch.float32
     if _is_foreign(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        config = AutoConfig.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-        model = model.to(device)
-        trained_at = getattr(config, "max_position_embeddings", None)
+        model, tokenizer = _load_foreign(source, dtype)
+        model, trained_at = model.to(device), getattr(model.config, "max_position_embeddings", None)
     else:
         tokenizer = load_tokenizer(source)
-        if tokenizer is None:
-            raise UserError(f"{source} has no tokenizer beside it: evaluation needs one.")
         ours = load_pretrained(source, dtype=dtype, device=torch.device(device))
         model, trained_at = wrap(ours, tokenizer=tokenizer), ours.config.seq_len
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -70,13 +64,26 @@ def load_subject(
 
 
 def _is_foreign(source: str) -> bool:
-    """Whether transformers alone reads this: a folder whose architecture is none of ours."""
-    import json
-
+    """Whether transformers alone reads this: a folder or hub id whose architecture is none of ours."""
     from open_lm_linear.pretrained.families import FAMILIES
+    from open_lm_linear.pretrained.places import find_place
 
-    path = Path(source) / "config.json"
-    if not path.exists():
+    place = find_place(source)
+    if place is None or "config.json" not in place:
         return False
-    kind = json.loads(path.read_text()).get("model_type")
+    kind = place.json("config.json").get("model_type")
     return kind not in FAMILIES and kind not in ("open_lm_linear", "openlm")
+
+
+def _load_foreign(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model, in evaluation mode, and tokenizer of a folder or hub id (``owner/name@revision``)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name, _, revision = source.partition("@")
+    at = {"revision": revision} if revision else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **at)
+        return model.eval(), AutoTokenizer.from_pretrained(name, **at)
+    except Exception as error:  # transformers raises many kinds for one fact: it can make no language model of this
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source} is no causal language model that transformers reads: {reason}") from error

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.attention.base import Tensor, truncated_normal
-from open_lm_linear.model import Past, Transformer
+from open_lm_linear.cli import UserError
+from open_lm_linear.hf.cache import OpenLMLinearCache
+from open_lm_linear.model import Transformer
 
 
 class OpenLMLinearConfig(PretrainedConfig):
@@ -76,55 +77,6 @@ def _architecture_keys(attn_name: str) -> list[str]:
     """The flat keys of a model with this attention."""
     own = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "attn_options"]
     return own + [field.name for field in dataclasses.fields(attention.resolve(attn_name).Config)]
-
-
-class OpenLMLinearCache:
-    """What the model remembers of a batch, with the methods that `generate()` calls on a cache.
-
-    With linear attention its size does not grow. A call of the model renews it in place. The states inside never
-    change in place, so ``fork()``, ``copy.copy`` and ``copy.deepcopy`` cost nothing and the forks go separate ways.
-    """
-
-    is_compileable = False
-    is_croppable = False
-
-    def __init__(self, past: Past | None = None, seen: int = 0) -> None:
-        self.past, self.seen = past, seen
-
-    def renew(self, past: Past, tokens: int) -> None:
-        """Takes the past after ``tokens`` columns more."""
-        self.past, self.seen = past, self.seen + tokens
-
-    def fork(self) -> OpenLMLinearCache:
-        return OpenLMLinearCache(self.past, self.seen)
-
-    def __copy__(self) -> OpenLMLinearCache:
-        return self.fork()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OpenLMLinearCache:
-        return self.fork()
-
-    def nbytes(self) -> int:
-        """Bytes of all layers' states together, all rows."""
-        return 0 if self.past is None else self.past.nbytes()
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the batch that went in, padding included."""
-        return self.seen
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Row i becomes what row ``indices[i]`` was."""
-        if self.past is not None:
-            self.past = self.past.select(indices.to(self.past.positions.device))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times, side by side: one prompt read, several answers."""
-        if self.past is not None:
-            rows = self.past.positions.shape[0]
-            self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
 
 class OpenLMLinearForCausalLM(PreTrainedModel, GenerationMixin):
@@ -220,7 +172,8 @@ class OpenLMLinearForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T); or ``inputs_embeds`` (B, T, hidden_dim).
             attention_mask: (B, T) or (B, past + T), 0 at padding on either side.
-            position_ids: (B, T). Without mask and cache, a 0 begins a new packed document; else they say nothing new.
+            position_ids: (B, T). Where nothing is masked and nothing came before, a 0 begins a document (or is padding
+                before one); otherwise mask and cache say where a token stands, and these say nothing new.
             past_key_values: the cache of an earlier call, renewed in place.
             labels: (B, T), -100 where there is nothing to predict; shifted inside.
             use_cache: whether to return the cache (default: the config's, not while training).
@@ -237,13 +190,15 @@ class OpenLMLinearForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values
         if cache is None or not isinstance(cache, OpenLMLinearCache):
             cache = OpenLMLinearCache() if use_cache else None
-        first = _first_tokens(position_ids) if attention_mask is None and past_key_values is None else None
-        with _block_inputs(self.model, bool(self._asked("output_hidden_states", output_hidden_states))) as states:
-            hidden, past = self.model.hidden(
-                input_ids, inputs_embeds, None if cache is None else cache.past, attention_mask, first
-            )
+        past, given = None, input_ids if inputs_embeds is None else inputs_embeds
+        if cache is not None and given is not None:
+            cache.check(given.shape[0], self.model.config)
+            past = cache.past
+        first = _first_tokens(position_ids, attention_mask) if past is None else None
+        states: list[Tensor] | None = [] if self._asked("output_hidden_states", output_hidden_states) else None
+        hidden, past = self.model.hidden(input_ids, inputs_embeds, past, attention_mask, first, states)
         if cache is not None:
-            cache.renew(past, hidden.shape[1])
+            cache.renew(past, hidden.shape[1], self.model.config)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(hidden[:, kept] if labels is None else hidden)
         loss = None
@@ -253,7 +208,7 @@ class OpenLMLinearForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=cache if use_cache else None,  # type: ignore[arg-type]
-            hidden_states=(*states, hidden) if states else None,
+            hidden_states=None if states is None else (*states, hidden),
         )
         return output if self._asked("return_dict", return_dict) else output.to_tuple()
 
@@ -270,33 +225,80 @@ class OpenLMLinearForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and not isinstance(cache, OpenLMLinearCache) and cache.get_seq_length() > 0:
             raise ValueError(f"past_key_values must be a cache that this model returned, not a {type(cache).__name__}.")
 
+    def load_cache(self, path: str | os.PathLike[str]) -> OpenLMLinearCache:
+        """A cache from a file that its ``save(path)`` wrote; what was read before need not be read again.
+
+        Raises:
+            UserError: not such a file, or one of a model of another architecture. Weights are not compared.
+        """
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            kind = self(token, use_cache=True).past_key_values.past
+        return OpenLMLinearCache.load(path, self.model.config, kind)
+
     # ---- generate ----------------------------------------------------------------------------------------------
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, *_: Any, **__: Any
     ) -> None:
         """Begins `generate()` with a cache of ours, unless the caller gave one or wants none."""
-        if generation_config.cache_implementation is not None:
-            warnings.warn("cache_implementation is ignored: this model has its own cache.", stacklevel=2)
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = OpenLMLinearCache()
+        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if given is not None:
+            if kind is not None:
+                raise ValueError("give either past_key_values or cache_implementation: a cache can fork(static=True).")
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if copies > 1 and getattr(given, "rows", None) == batch_size:  # read once, and now beams or several answers
+                given.batch_repeat_interleave(copies)
+            return
+        if generation_config.use_cache is False:
+            return
+        static = kind == "static" and self._state_is_constant()
+        if kind not in (None, "dynamic") and not static:
+            why = "its keys and values grow with the text" if kind == "static" else "this model has its own cache"
+            warnings.warn(f"cache_implementation={kind!r} is ignored: {why}.", stacklevel=2)
+        model_kwargs["past_key_values"] = OpenLMLinearCache(static=static)
+
+    def _state_is_constant(self) -> bool:
+        return self.model.state_bytes(1, 1) == self.model.state_bytes(1, 2**20)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Any,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The inputs of one call of `generate()`; those of a decode step have one shape from step to step."""
+        if is_first_iteration and next_sequence_length is not None and next_sequence_length < 1:
+            read = past_key_values.get_seq_length()
+            given = read + next_sequence_length
+            raise UserError(
+                f"the cache holds {read} tokens and the input {given}: give generate() the whole text, of which at "
+                f"least one token is new, or new tokens alone with an attention_mask (rows, {read} + new tokens)."
+            )
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if not is_first_iteration and next_sequence_length == 1 and past_key_values is not None:
+            # The token that was drawn last: never padding, at the place that the cache knows.
+            inputs.pop("attention_mask", None)
+            inputs.pop("position_ids", None)
+        return inputs
 
 
-def _first_tokens(position_ids: Tensor | None) -> Tensor | None:
-    """(B, T) bool, True where packed documents begin, or None for a single document a row."""
-    if position_ids is None or position_ids.dim() != 2 or not bool((position_ids[:, 1:] == 0).any()):
+def _first_tokens(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """(B or 1, T) bool, True where packed documents begin, or None for a single document a row."""
+    if position_ids is None or position_ids.dim() != 2:
         return None
-    return position_ids == 0
-
-
-@contextmanager
-def _block_inputs(model: Transformer, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collects the input (B, T, hidden_dim) of every block while the model runs; nothing unless wanted."""
-    inputs: list[Tensor] = []
-    blocks = list(model.layers) if wanted else []
-    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if torch.compiler.is_compiling():  # a graph cannot ask what the values are
+        return position_ids == 0 if attention_mask is None else None
+    single = not bool((position_ids[:, 1:] == 0).any())
+    masked = attention_mask is not None and not bool(attention_mask.all())
+    return None if single or masked else position_ids == 0

