@@ -336,8 +336,8 @@ class ModelSection:
     pretrained: str = ""
     """Pretrained weights: smollm2, mistral, llama2, llama3, a folder, file, URL or hub id (owner/name@revision)."""
     attn_name: str = ""
-    """Attention to swap in: linear, window, linear_window, gated_linear, gated_delta, softmax; a preset (supra, t2r, elu,
-    hedgehog, retention, lolcats); or package.module:Class. Its options become flags."""
+    """Attention to swap in: linear, window, linear_window, gated_linear, gated_delta or softmax; a preset (supra, t2r,
+    elu, hedgehog, retention, lolcats); or package.module:Class. Its options become flags."""
     attn_layers: tuple[str, ...] = ()
     """LAYERS=ATTENTION, layers (from 0) that have another attention: 0,8,16=softmax keeps the teacher's."""
     model_norm: str = ""

@@ -21,6 +21,7 @@ from open_lm_linear.checkpoint import CheckpointConfig
 from open_lm_linear.cli import UserError, did_you_mean
 from open_lm_linear.data.stream import DataConfig
 from open_lm_linear.gauges import EvalConfig, MeasureConfig
+from open_lm_linear.objectives import ObjectiveConfig
 from open_lm_linear.optim import OptimConfig
 from open_lm_linear.parallel import ParallelConfig
 from open_lm_linear.retired import RETIRED
@@ -81,6 +82,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -140,11 +142,12 @@ def stages_from_cli(argv: Sequence[str] | None = None) -> list[Config]:
         label = str(values.pop("stage_name", number))
         cfg = _from_values(argv, {**file, **values})
         run = dataclasses.replace(cfg.run, logs=str(cfg.folder), name=f"stage_{number}_{label}")
-        model = cfg.model
+        model, objective = cfg.model, cfg.objective
         if found:  # what the first stage swapped in stays
             model = dataclasses.replace(model, pretrained=str(found[-1].folder), model="", attn={})
             run = dataclasses.replace(run, fit_tokens=0)
-        found.append(dataclasses.replace(cfg, run=run, model=model))
+            objective = objective.taught_by(cfg.model.pretrained)
+        found.append(dataclasses.replace(cfg, run=run, model=model, objective=objective))
     return found
 
 
@@ -185,6 +188,7 @@ def check(cfg: Config) -> None:
         if getattr(cfg.run, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(cfg.run, name)}.")
     cfg.evaluation.check()
+    cfg.objective.check()
     check_reports(cfg.run.report_to)
 
 

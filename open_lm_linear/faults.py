@@ -117,7 +117,7 @@ class SampleLog:
 def rewind_logs(run: Path, samples: SampleLog, state: TrainState) -> None:
     """Puts the run's logs back to where ``state`` is."""
     if samples.is_main:
-        for file in ("metrics.jsonl", "results.jsonl", "states.jsonl", "evaluations.jsonl"):
+        for file in ("metrics.jsonl", "alignment.jsonl", "results.jsonl", "states.jsonl", "evaluations.jsonl"):
             rewind(run / file, state.step)
     samples.rewind(state)
 

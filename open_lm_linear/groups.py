@@ -79,6 +79,7 @@ def assign(
     rules: Sequence[str],
     kept: Settings,
     added: Settings,
+    reached: Collection[str] | None = None,
 ) -> dict[str, Settings | None]:
     """The settings of every parameter, by its name; None: frozen.
 
@@ -88,6 +89,7 @@ def assign(
         train: ``all``, ``new`` or patterns, with commas. ``freeze``: the same, and it wins.
         rules: texts of ``--param-group``; a later one beats an earlier one, setting by setting.
         kept: of what the checkpoint has; ``added``: of what is new.
+        reached: names of those that the loss has a gradient for; the others are frozen. None: all.
 
     Raises:
         UserError: a pattern that names nothing, a rule that changes nothing, or nothing left to train.
@@ -100,6 +102,13 @@ def assign(
                 "--train-params new: this model has no new parameters; use --train-params all or --attn-name."
             )
         raise UserError(f"--train-params {train} with --freeze {freeze!r} leaves nothing to train.")
+    if reached is not None:
+        trained &= set(reached)
+        if not trained:
+            raise UserError(
+                f"--train-params {train} with --freeze {freeze!r} leaves nothing to train: --loss align trains the "
+                "attentions that are not the teacher's, and nothing else."
+            )
     settings = {name: added if name in new else kept for name in names}
     for text in rules:
         rule = parse_rule(text)

@@ -175,16 +175,17 @@ class Window:
     def reset(self) -> None:
         self.began = time.perf_counter()
         self.waited, self.tokens, self.steps = 0.0, 0, 0
-        self.loss: Any = 0.0
+        self.losses: dict[str, Any] = {}
 
-    def add(self, loss: Any, tokens: int, waited: float) -> None:
-        self.loss = self.loss + loss
+    def add(self, losses: dict[str, Any], tokens: int, waited: float) -> None:
+        """A step: its ``loss`` and the parts of that, numbers or tensors with a value a layer."""
+        self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses.items()}
         self.tokens, self.steps, self.waited = self.tokens + tokens, self.steps + 1, self.waited + waited
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
         elapsed = time.perf_counter() - self.began
         return {
-            "loss": float(self.loss) / self.steps,
+            "losses": {name: total / self.steps for name, total in self.losses.items()},
             "tokens_per_s": self.tokens / elapsed,
             "seconds_per_step": elapsed / self.steps,
             "data_share": self.waited / elapsed,
@@ -195,8 +196,13 @@ class Window:
 def log_line(row: dict[str, Any], steps: int) -> str:
     """The line of a log step, for people."""
     share = f" ({row['flops_share']:.0%} of the GPU's bf16 peak)" if "flops_share" in row else ""
+    parts = [f"{name.removeprefix('loss_')} {row[name]:.4f}" for name in ("loss_ce", "loss_kl") if name in row]
+    for name in ("align", "hidden"):
+        if name in row:
+            parts.append(f"{name} {row[name]:.4f}, by layer {row[name + '_min']:.4f} to {row[name + '_max']:.4f}")
+    loss = f"{row['loss']:.4f}" + (f" ({'; '.join(parts)})" if parts else "")
     return (
-        f"step {row['step']}/{steps} | tokens {row['tokens']:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | "
+        f"step {row['step']}/{steps} | tokens {row['tokens']:,} | loss {loss} | lr {row['lr']:.2e} | "
         f"grad norm {row['grad_norm']:.2f} | {row['tokens_per_s']:,.0f} tokens/s{share} | "
         f"data {row['data_share']:.1%} | memory {human_bytes(row['memory_bytes'])} | "
         f"{human_time(row['seconds_left'])} left"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from open_lm_linear.architecture import ModelConfig, parse_rotary_scaling, shipp
 from open_lm_linear.attention.base import Attention, State, truncated_normal
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.norms import Norm, build_norm
-from open_lm_linear.ops.losses import chunked_cross_entropy
+from open_lm_linear.ops.losses import Teaching, chunked_cross_entropy, chunked_distillation
 from open_lm_linear.ops.recompute import recomputed
 
 Tensor = torch.Tensor
@@ -135,6 +135,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, keep: Any, first: Any, state: Any) -> tuple[Tensor, State]:
         mixed, state = self.attention(self.before_attention(x), positions, keep=keep, first=first, state=state)
         return self.after_attention(x, mixed), state
+
+    def trace(self, x: Tensor, positions: Tensor, first: Any, whole: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The attention's output and, if ``whole``, the residual stream behind the block, (B, T, hidden_dim) each."""
+        mixed, _ = self.attention(self.before_attention(x), positions, first=first)
+        return mixed, self.after_attention(x, mixed) if whole else None
 
     def before_attention(self, x: Tensor) -> Tensor:
         """What the attention gets of the residual stream (B, T, hidden_dim)."""
@@ -265,23 +270,48 @@ class Transformer(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = inputs_embeds if inputs_embeds is not None else self.tok_embeddings(input_ids)
+        x = _normed(self.post_embed_norm, self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         keep = _keep(attention_mask, x.shape[1])
         positions, following = _positions(x, past, keep, first)
-        if self.post_embed_norm is not None:
-            x = self.post_embed_norm(x)
         states: list[State] = []
         for i, layer in enumerate(self.layers):
             before = None if past is None else past.layers[i]
             if block_inputs is not None:
                 block_inputs.append(x)
-            every = self.grad_checkpointing if self.training and torch.is_grad_enabled() else 0
-            if every and i % every == 0:
-                x, state = recomputed(self.grad_checkpointing_mode, layer, x, positions, keep, first, before)
-            else:
-                x, state = layer(x, positions, keep, first, before)
+            x, state = self._run(i, layer, x, positions, keep, first, before)
             states.append(state)
         return self.norm(x), Past(tuple(states), following)
+
+    def trace(
+        self,
+        input_ids: Tensor,
+        first: Tensor | None = None,
+        streams: Sequence[Tensor] | None = None,
+        whole: bool = True,
+    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """The residual stream before each block, its attention's output, and the stream behind it (B, T, hidden_dim).
+
+        Args:
+            streams: what each block reads, in place of what the block before it gave; no gradient links the blocks.
+            whole: whether to go on from the attentions; without it there is no stream behind a block, and ``streams``
+                must be given.
+        """
+        x = _normed(self.post_embed_norm, self.tok_embeddings(input_ids)) if streams is None else streams[0]
+        positions, _ = _positions(x, None, None, first)
+        found = []
+        for i, block in enumerate(self.blocks()):
+            x = x if streams is None else streams[i]
+            mixed, behind = self._run(i, block.trace, x, positions, first, whole)
+            found.append((x, mixed, behind))
+            x = behind
+        return found
+
+    def _run(self, layer: int, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)`` of a block, whose activations are computed again in the backward pass where asked."""
+        every = self.grad_checkpointing if self.training and torch.is_grad_enabled() else 0
+        if every and layer % every == 0:
+            return recomputed(self.grad_checkpointing_mode, function, *args)
+        return function(*args)
 
     def loss(
         self,
@@ -290,17 +320,20 @@ class Transformer(nn.Module):
         z_loss: float = 0.0,
         first: Tensor | None = None,
         per_sequence: bool = False,
+        teaching: Teaching | None = None,
     ) -> Tensor:
         """Sum of the cross entropy (nats) over targets (B, T) other than -100, plus z_loss * sum(logsumexp^2).
 
         The logits of all tokens never stand in memory at once. Returns a pair (2,): cross entropy, total; or one
-        pair a sequence (B, 2).
+        pair a sequence (B, 2); with a teacher (3,): cross entropy, divergence from it, weighted total.
         """
         hidden, _ = self.hidden(input_ids, first=first)
         weight, cap = self.head_weight(), self.config.logit_softcap
         if per_sequence:
             rows = zip(hidden, targets, strict=True)
             return torch.stack([chunked_cross_entropy(h, weight, t, z_loss, softcap=cap) for h, t in rows])
+        if teaching is not None:
+            return chunked_distillation(hidden.flatten(0, 1), weight, targets.flatten(), teaching, z_loss, softcap=cap)
         return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), z_loss, softcap=cap)
 
     def blocks(self) -> Iterator[Block]:

@@ -131,11 +131,14 @@ def schedule(cfg: OptimConfig, step: int, steps: int, *, warmup: int | None = No
     return max(end + (1.0 - end) * left, cfg.force_min_lr / cfg.lr)
 
 
-def assign(cfg: OptimConfig, matrices: Mapping[str, bool], new: Collection[str]) -> dict[str, Settings | None]:
+def assign(
+    cfg: OptimConfig, matrices: Mapping[str, bool], new: Collection[str], reached: Collection[str] | None = None
+) -> dict[str, Settings | None]:
     """The settings of each parameter, None where it is frozen.
 
     Args:
         matrices: every parameter's name -> whether it is a matrix, to which weight decay applies.
+        reached: names that the loss has a gradient for; None: all.
 
     Raises:
         UserError: a pattern that names nothing, or nothing left to train.
@@ -147,9 +150,8 @@ def assign(cfg: OptimConfig, matrices: Mapping[str, bool], new: Collection[str])
 
     added = Settings("new", either(cfg.lr_new, cfg.lr), either(cfg.wd_new, cfg.wd), either(cfg.warmup_new, cfg.warmup))
     kept = Settings("pretrained" if new else "all", cfg.lr, cfg.wd, cfg.warmup)
-    return groups.assign(
-        dict(matrices), new, train=cfg.train_params, freeze=cfg.freeze, rules=cfg.param_group, kept=kept, added=added
-    )
+    chosen = {"train": cfg.train_params, "freeze": cfg.freeze, "rules": cfg.param_group}
+    return groups.assign(dict(matrices), new, **chosen, kept=kept, added=added, reached=reached)  # type: ignore[arg-type]
 
 
 def is_matrix(name: str, param: Tensor) -> bool:
@@ -158,24 +160,29 @@ def is_matrix(name: str, param: Tensor) -> bool:
     return param.dim() >= 2 and not name.endswith(("bias", "A_log"))
 
 
-def trained_names(model: nn.Module, cfg: OptimConfig, new: Collection[str]) -> list[str]:
+def trained_names(
+    model: nn.Module, cfg: OptimConfig, new: Collection[str], reached: Collection[str] | None = None
+) -> list[str]:
     """The parameters that a run would train; refuses what ``build`` would refuse, without memory."""
-    chosen = assign(cfg, {n: is_matrix(n, p) for n, p in model.named_parameters()}, new)
+    chosen = assign(cfg, {n: is_matrix(n, p) for n, p in model.named_parameters()}, new, reached)
     return [name for name, settings in chosen.items() if settings is not None]
 
 
-def build(model: nn.Module, cfg: OptimConfig, new: Collection[str]) -> torch.optim.Optimizer:
+def build(
+    model: nn.Module, cfg: OptimConfig, new: Collection[str], reached: Collection[str] | None = None
+) -> torch.optim.Optimizer:
     """The optimiser, with two groups for each kind of settings, matrices and the rest. Freezes what is not trained.
 
     Args:
         new: names of the parameters that the pretrained checkpoint did not have.
+        reached: names that the loss has a gradient for; None: all.
 
     Raises:
         UserError: a pattern that names nothing, or nothing left to train.
     """
     import torch
 
-    chosen = assign(cfg, {n: is_matrix(n, p) for n, p in model.named_parameters()}, new)
+    chosen = assign(cfg, {n: is_matrix(n, p) for n, p in model.named_parameters()}, new, reached)
     members: dict[tuple[Settings, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in model.named_parameters():
         settings = chosen[name]

@@ -208,6 +208,7 @@ def apply(model: Transformer, cfg: ParallelConfig, ctx: Context) -> Transformer:
     offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cfg.fsdp_cpu_offload else OffloadPolicy()
     for part in (*model.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        register_fsdp_forward_method(part, "trace")
     register_fsdp_forward_method(model, "loss")
     return model
 

@@ -11,6 +11,7 @@ from open_lm_linear import optim, pretrained
 from open_lm_linear.cli import UserError
 from open_lm_linear.config import Config
 from open_lm_linear.data import stream
+from open_lm_linear.distillation import Objective
 from open_lm_linear.metrics import human_bytes, human_time
 from open_lm_linear.model import Transformer, read_config, swap
 from open_lm_linear.parallel import Context
@@ -29,10 +30,20 @@ class Plan:
     steps_per_epoch: int
     tokens_per_step: int
     state_bytes: int
+    loss: str
+    teacher: str
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, cfg: Config, model: Transformer, source: pretrained.Source | None, seq_len: int, ctx: Context) -> Plan:
+    def of(
+        cls,
+        cfg: Config,
+        model: Transformer,
+        source: pretrained.Source | None,
+        seq_len: int,
+        ctx: Context,
+        objective: Objective,
+    ) -> Plan:
         """Raises UserError where the numbers do not fit together."""
         batch, pieces = cfg.run.global_batch_size, cfg.run.accum_freq
         if batch % (ctx.world_size * pieces):
@@ -57,9 +68,11 @@ class Plan:
         swapped = source is not None and pretrained.is_swap(model, source)
         new = tuple(sorted(model.new_keys() if swapped else source.untrained if source else ()))
         added = sum(sizes[n] for n in new)
-        trained = sum(sizes[n] for n in optim.trained_names(model, cfg.optim, new))
+        trained = sum(sizes[n] for n in optim.trained_names(model, cfg.optim, new, objective.reached))
         shards = cfg.parallel.shard_size(ctx.world_size)
         width = 2 if ctx.param_dtype == torch.bfloat16 else 4
+        teacher = objective.teacher
+        held = sum(p.numel() for m in (model, teacher) if m is not None for p in m.parameters())
         return cls(
             model=pretrained.describe(model.config),
             parameters=sum(sizes.values()),
@@ -69,7 +82,9 @@ class Plan:
             steps=steps,
             steps_per_epoch=per_epoch,
             tokens_per_step=batch * seq_len,
-            state_bytes=(width * sum(sizes.values()) + optim.bytes_per_trained(cfg.optim, width) * trained) // shards,
+            state_bytes=(width * held + optim.bytes_per_trained(cfg.optim, width) * trained) // shards,
+            loss=" + ".join(f"{weight:g} {name}" for name, weight in objective.weights.items()),
+            teacher="" if teacher is None else pretrained.describe(teacher.config),
             notes=(*pretrained.changes_of(source, model.config), *source.notes) if source else (),
         )
 
@@ -87,7 +102,11 @@ class Plan:
         lines.append(
             f"budget: {self.steps * self.tokens_per_step:,} tokens in {self.steps} steps of {self.tokens_per_step:,}"
         )
-        lines.append(f"weights, gradients and optimiser: {human_bytes(self.state_bytes)} per device")
+        held = "weights, gradients and optimiser"
+        if self.teacher:
+            lines.append(f"loss: {self.loss}; frozen teacher: {self.teacher}")
+            held += ", the teacher's weights among them"
+        lines.append(f"{held}: {human_bytes(self.state_bytes)} per device")
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
     def forecast(self, seconds_per_token: float, done: int, memory: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from open_lm_linear import checkpoint
 from open_lm_linear.cli import UserError
 
-RUN_FILES = ("config.yaml", "samples.jsonl", "metrics.jsonl", "results.jsonl")
+RUN_FILES = ("config.yaml", "samples.jsonl", "metrics.jsonl", "alignment.jsonl", "results.jsonl")
 
 
 class RemoteCopy:

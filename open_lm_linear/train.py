@@ -15,17 +15,18 @@ from open_lm_linear.averaging import Averagers
 from open_lm_linear.checkpoint import TrainState
 from open_lm_linear.config import Config
 from open_lm_linear.data import masks, stream
+from open_lm_linear.distillation import Objective, objective_of
 from open_lm_linear.evaluation.during_training import Evaluator
 from open_lm_linear.fit import fit_output_projections
 from open_lm_linear.metrics import Logger, Window, human_time, log_line, memory_bytes
 from open_lm_linear.model import Transformer
-from open_lm_linear.ops.losses import IGNORE
+from open_lm_linear.objectives import LAYERWISE
 from open_lm_linear.parallel import Context
 from open_lm_linear.plan import Plan, architecture
 from open_lm_linear.profiling import Profile
 from open_lm_linear.remote_copy import RemoteCopy
 from open_lm_linear.saver import Saver
-from open_lm_linear.validation import loss_of, validate
+from open_lm_linear.validation import validate
 
 Tensor = torch.Tensor
 
@@ -50,7 +51,8 @@ def train(cfg: Config) -> Path | None:
         seq_len = cfg.data.seq_len or model.config.seq_len
         cfg = dataclasses.replace(cfg, data=masks.resolved(cfg.data, model.config.vocab_size))
         stream.check(cfg.data, seq_len, model.config.vocab_size)
-        plan = Plan.of(cfg, model, source, seq_len, ctx)
+        objective = objective_of(cfg, model, source, ctx)
+        plan = Plan.of(cfg, model, source, seq_len, ctx, objective)
         evaluator = Evaluator(cfg, ctx, model.config.vocab_size, seq_len, plan.steps)
         run = cfg.folder
         remote = RemoteCopy(cfg.checkpoint.remote_sync, run) if cfg.checkpoint.remote_sync and ctx.is_main else None
@@ -60,14 +62,9 @@ def train(cfg: Config) -> Path | None:
         if warning:
             log.say(warning)
 
-        model = parallel.apply(model, cfg.parallel, ctx)
-        model.to_empty(device=parallel.storage(cfg.parallel, ctx))
-        if source is not None:
-            pretrained.load_weights(model, source, cfg.run.seed)
-        else:
-            pretrained.initialise(model, cfg.run.seed)
-        model.train()
-        optimizer = optim.build(model, cfg.optim, plan.new)
+        model = pretrained.materialise(model, source, cfg.parallel, ctx, cfg.run.seed).train()
+        objective.load()
+        optimizer = optim.build(model, cfg.optim, plan.new, objective.reached)
         log.say(optim.table(model, optimizer, cfg.optim))
         state = TrainState(samples=cfg.run.first_sample)
         if resume_from is not None:
@@ -77,22 +74,23 @@ def train(cfg: Config) -> Path | None:
         faults.rewind_logs(run, samples, state)
 
         micro = cfg.run.global_batch_size // ctx.world_size // cfg.run.accum_freq
-        seconds = _rehearse(model, cfg, ctx, micro, seq_len)
+        seconds = _rehearse(model, objective, cfg, ctx, micro, seq_len)
         log.say(plan.forecast(seconds, state.step, memory_bytes(ctx.device)))
         if cfg.run.dry_run:
             log.close()
             return None
+        objective.begin(lambda: next(_batches(cfg, ctx, cfg.run.first_sample, seq_len, model.config.vocab_size)))
         if state.step == 0:
-            validate(model, cfg, ctx, log, state, micro, seq_len)
+            validate(model, objective, log, state, micro, seq_len)
             if source is not None and cfg.run.fit_tokens:
                 _fit(model, source, cfg, ctx, log, seq_len)
-                validate(model, cfg, ctx, log, state, micro, seq_len, fitted=True)
+                validate(model, objective, log, state, micro, seq_len, fitted=True)
 
         averagers = Averagers(model, cfg.optim.averagers)
         if resume_from is not None:
             checkpoint.load_averages(resume_from, averagers)
         profile = Profile(cfg.measure.profile, run / "profile", ctx.device, active=ctx.is_main)
-        flops = gauges.training_flops(model, seq_len)
+        flops = objective.flops(model, seq_len)
         saver = Saver(
             run,
             cfg.checkpoint,
@@ -117,13 +115,13 @@ def train(cfg: Config) -> Path | None:
             batch = next(batches).to(ctx.device, non_blocking=True)
             waited = time.perf_counter() - began
             lr = optim.set_learning_rates(optimizer, cfg.optim, state.step, plan.steps, plan.steps_per_epoch)
-            loss, tokens = _accumulate(model, cfg, ctx, batch)
+            losses, tokens = objective.accumulate(model, batch)
             log_step = (state.step + 1) % cfg.run.log_every_n_steps == 0 or state.step + 1 == plan.steps
             norms = gauges.gradient_norms(optimizer) if log_step else {}
             norm = parallel.clip_gradients(model, cfg.optim.grad_clip_norm)
             agreed = faults.agree(
                 ctx,
-                bad=not (math.isfinite(norm) and math.isfinite(loss)),
+                bad=not (math.isfinite(norm) and math.isfinite(losses["loss"])),
                 stop=bool(stop.signal),
                 save=saver.due(state.step + 1),
                 busy=saver.busy,
@@ -141,14 +139,14 @@ def train(cfg: Config) -> Path | None:
             state.seconds += time.perf_counter() - began
             samples.add(state.step + bad, first, cfg.run.global_batch_size, bad)
             if bad:
-                log.say(faults.skip(state, first, loss, norm))
+                log.say(faults.skip(state, first, losses["loss"], norm))
                 if state.skipped_in_row >= cfg.checkpoint.max_skipped_steps:
                     state = faults.roll_back(saver, samples, state)
                     batches = _batches(cfg, ctx, state.samples, seq_len, model.config.vocab_size)
                     window.reset()
             else:
                 averagers.step(state.step)
-                window.add(loss, tokens, waited)
+                window.add(losses, tokens, waited)
                 log.tick()
                 if log_step:
                     _report(log, window, state, lr, norm, plan, ctx, flops, norms)
@@ -168,8 +166,8 @@ def train(cfg: Config) -> Path | None:
                     saver.wait()  # a long validation must not keep a written checkpoint without its name
                 for name in averagers.names():
                     with averagers.swap_in(name):
-                        validate(model, cfg, ctx, log, state, micro, seq_len, average=name)
-                validate(model, cfg, ctx, log, state, micro, seq_len)
+                        validate(model, objective, log, state, micro, seq_len, average=name)
+                validate(model, objective, log, state, micro, seq_len)
                 window.reset()
         profile.close(state.step)
         saver.close()
@@ -225,7 +223,7 @@ def _batches(cfg: Config, ctx: Context, samples_seen: int, seq_len: int, vocab_s
     )
 
 
-def _rehearse(model: Transformer, cfg: Config, ctx: Context, micro: int, seq_len: int) -> float:
+def _rehearse(model: Transformer, objective: Objective, cfg: Config, ctx: Context, micro: int, seq_len: int) -> float:
     """Seconds per token of the whole job, by one micro-batch of made-up tokens run forward and backward.
 
     What would fail in the first step (memory above all) fails here, before the run begins.
@@ -235,7 +233,7 @@ def _rehearse(model: Transformer, cfg: Config, ctx: Context, micro: int, seq_len
     seconds = 0.0
     for _ in range(1 if ctx.device.type == "cpu" else 2):  # a GPU's first pass pays for compilation
         began = time.perf_counter()
-        loss_of(model, ctx, masks.inputs_and_targets(batch, cfg.data))[1].backward()
+        objective.sums(model, masks.inputs_and_targets(batch, cfg.data))[-1].backward()
         if ctx.device.type == "cuda":
             torch.cuda.synchronize(ctx.device)
         seconds = time.perf_counter() - began
@@ -247,9 +245,7 @@ def _fit(model: Transformer, source: pretrained.Source, cfg: Config, ctx: Contex
     """Fits the output projections to the teacher's attention, on the first samples of the training data."""
     with torch.device("meta"):
         teacher = Transformer(source.config).to(ctx.param_dtype)
-    teacher = parallel.apply(teacher, cfg.parallel, ctx)
-    teacher.to_empty(device=parallel.storage(cfg.parallel, ctx))
-    pretrained.load_weights(teacher, source)
+    teacher = pretrained.materialise(teacher, source, cfg.parallel, ctx)
     batch = 4 * ctx.world_size
     batches = stream.global_batches(
         cfg.data,
@@ -271,26 +267,6 @@ def _fit(model: Transformer, source: pretrained.Source, cfg: Config, ctx: Contex
     )
 
 
-def _accumulate(model: Transformer, cfg: Config, ctx: Context, batch: Tensor) -> tuple[float, int]:
-    """Gradients of the mean loss over all target tokens of the global batch; returns that mean and their number.
-
-    The divisor is the true count over every rank and piece, so the update does not depend on how a batch is cut.
-    """
-    inputs, targets, first = masks.inputs_and_targets(batch, cfg.data)
-    count = ctx.sum((targets != IGNORE).sum())
-    divisor = count.clamp(min=1)  # a batch may have no target at all
-    n = cfg.run.accum_freq
-    pieces = list(zip(inputs.chunk(n), targets.chunk(n), [None] * n if first is None else first.chunk(n), strict=True))
-    entropy = torch.zeros((), device=ctx.device)
-    for i, piece in enumerate(pieces):
-        parallel.accumulating(model, ctx, last=i == len(pieces) - 1)
-        sums = loss_of(model, ctx, piece, cfg.optim.z_loss_coefficient)
-        # Gradients are averaged over ranks on the way, hence the factor.
-        (sums[1] * (ctx.world_size / divisor)).backward()
-        entropy += sums[0].detach()
-    return float(ctx.sum(entropy) / divisor), int(count)
-
-
 def _report(
     log: Logger,
     window: Window,
@@ -303,10 +279,12 @@ def _report(
     norms: dict[str, float],
 ) -> None:
     values = window.summary()
+    losses = values["losses"]
+    by_layer = {name: losses.pop(name).tolist() for name in LAYERWISE if name in losses}
     row = {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": values["loss"],
+        **losses,
         "lr": lr,
         "grad_norm": norm,
         "tokens_per_s": values["tokens_per_s"],
@@ -318,6 +296,12 @@ def _report(
         "seconds_left": values["seconds_per_step"] * (plan.steps - state.step),
     }
     row |= gauges.speed(values["tokens_per_s"], flops, ctx) | gauges.memory(ctx.device) | norms
+    for name, found in by_layer.items():
+        row |= {name: sum(found) / len(found), f"{name}_min": min(found), f"{name}_max": max(found)}
     log.row("metrics.jsonl", row)
+    if by_layer:
+        log.row("alignment.jsonl", {"step": state.step, **by_layer})
     log.say(log_line(row, plan.steps))
+    for name, found in by_layer.items() if state.step == plan.steps else ():
+        log.say(f"{name} by layer: {' '.join(f'{error:.4f}' for error in found)}")
     window.reset()

@@ -6,21 +6,27 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from open_lm_linear.checkpoint import TrainState
 from open_lm_linear.cli import UserError
-from open_lm_linear.config import Config
 from open_lm_linear.data import masks, stream
 from open_lm_linear.data.interval import bootstrap
 from open_lm_linear.metrics import Logger
 from open_lm_linear.model import Transformer
+from open_lm_linear.objectives import LAYERWISE
 from open_lm_linear.ops.losses import IGNORE
 from open_lm_linear.parallel import Context, reshard
 
+if TYPE_CHECKING:
+    from open_lm_linear.distillation import Objective
+
 Tensor = torch.Tensor
+
+TAUGHT = ("loss_kl", *LAYERWISE)  # of what a teacher is asked
 
 Part = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, first (data/masks.py)
 
@@ -34,8 +40,7 @@ def loss_of(model: Transformer, ctx: Context, part: Part, z_loss: float = 0.0, p
 
 def validate(
     model: Transformer,
-    cfg: Config,
-    ctx: Context,
+    objective: Objective,
     log: Logger,
     state: TrainState,
     micro: int,
@@ -44,7 +49,11 @@ def validate(
     fitted: bool = False,
     average: str = "",
 ) -> None:
-    """Mean loss on each validation set, with its standard error and interval over sequences, to results.jsonl."""
+    """Mean loss on each validation set, with its standard error and interval over sequences, to results.jsonl.
+
+    It is cross entropy whatever is minimised; what a teacher says of the set stands beside it.
+    """
+    cfg, ctx = objective.cfg, objective.ctx
     for source in cfg.data.val_data:
         data = dataclasses.replace(cfg.data, val_data=(source,))
         batches = stream.validation_batches(
@@ -56,26 +65,29 @@ def validate(
             vocab_size=model.config.vocab_size,
         )
         name = stream.named(source)[0]
-        row = {"step": state.step, "tokens": state.tokens, "val_data": name, "fitted": fitted}
-        row |= ({"average": average} if average else {}) | evaluate_loss(model, ctx, batches, cfg, micro)
+        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "val_data": name, "fitted": fitted}
+        row |= ({"average": average} if average else {}) | evaluate_loss(model, objective, batches, micro)
         log.row("results.jsonl", row)
         log.say(
             f"validation {name}{f' of {average}' if average else ''}: "
             f"loss {row['loss']:.4f} +- {row['standard_error']:.4f}, "
             f"perplexity {row['perplexity']:,.1f} over {row['counted']:,} tokens"
+            + "".join(f", {name.removeprefix('loss_')} {np.mean(row[name]):.4f}" for name in TAUGHT if name in row)
         )
 
 
 @torch.no_grad()
-def evaluate_loss(
-    model: Transformer, ctx: Context, batches: Iterable[Tensor], cfg: Config, micro: int
-) -> dict[str, Any]:
+def evaluate_loss(model: Transformer, objective: Objective, batches: Iterable[Tensor], micro: int) -> dict[str, Any]:
     """Loss per target (nats), its standard error and 95 % interval over sequences, perplexity, over all ranks.
+
+    Under a teacher also ``loss_kl``, or ``align`` and ``hidden`` of each layer.
 
     Args:
         batches: this rank's rows (at most ``micro``, seq_len + 1), equally many batches on every rank.
     """
+    cfg, ctx = objective.cfg, objective.ctx
     was_training, began = model.training, time.perf_counter()
+    taught: Any = 0.0  # what the objective's sums come to, and the tokens that they are over
     model.eval()
     found = []  # a batch: loss and targets of every sequence, each rank in places of its own
     for batch in batches:
@@ -88,6 +100,9 @@ def evaluate_loss(
         here[: len(batch), ctx.rank, 1] = (part[1] != IGNORE).sum(1)[: len(batch)].double().cpu()
         here[: len(batch), ctx.rank, 2] = 1
         found.append(here.flatten(0, 1))
+        if objective.teacher is not None:
+            sums = objective.sums(model, part)
+            taught = taught + torch.cat((sums, objective.count(part[1])[None])) * bool(len(batch))
     model.train(was_training)
     reshard(model)  # a forward pass without gradients leaves FSDP's root gathered
     table = ctx.sum(torch.cat(found).to(ctx.device)).cpu()
@@ -98,6 +113,11 @@ def evaluate_loss(
     mean = sums.sum().item() / tokens
     # Of a ratio of sums: var = n / (n - 1) * sum (sum_i - mean * count_i)^2 / tokens^2
     squares = (sums - mean * counts).square().sum().item()
+    learnt = {}
+    if objective.teacher is not None:
+        taught = ctx.sum(taught)
+        named = objective.named(taught[:-1] / taught[-1])
+        learnt = {k: torch.as_tensor(named[k]).tolist() for k in TAUGHT if k in named}
     low, high = bootstrap(sums.numpy(), counts.numpy(), cfg.data.val_iter_ci, cfg.run.seed) or (None, None)
     return {
         "loss": mean,
@@ -108,4 +128,5 @@ def evaluate_loss(
         "counted": int(tokens),
         "sequences": sequences,
         "seconds": time.perf_counter() - began,
+        **learnt,
     }

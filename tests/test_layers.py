@@ -23,12 +23,12 @@ LAYERS = [
     ["model"],
     [
         *("pretrained", "data", "optim", "groups", "averaging", "parallel", "checkpoint", "saver", "remote_copy"),
-        *("faults", "metrics", "generate", "fit", "decoding", "gauges", "profiling"),
+        *("faults", "metrics", "generate", "fit", "decoding", "gauges", "profiling", "objectives"),
     ],
     ["config", "hf"],
     ["evaluation"],
     ["evaluate", "report", "parity", "serve", "vllm"],
-    ["train", "convert", "export", "plan", "run_folder", "validation"],
+    ["train", "convert", "export", "plan", "run_folder", "validation", "distillation"],
     ["main"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

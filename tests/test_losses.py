@@ -6,9 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_lm_linear.model import create_model
-from open_lm_linear.ops.losses import IGNORE, chunked_cross_entropy, cross_entropy_per_token
+from open_lm_linear.ops.losses import (
+    IGNORE,
+    Teaching,
+    chunked_cross_entropy,
+    chunked_distillation,
+    cross_entropy_per_token,
+)
 
 TOKENS, DIM, VOCAB = 50, 16, 37
 
@@ -208,3 +215,131 @@ def test_the_model_s_loss_is_that_of_its_logits(tied):
     assert relative(grads[1][0], grads[0][0]) < 1e-12
     for key, exact in grads[0][1].items():
         assert relative(grads[1][1][key], exact) < 1e-10, key
+
+
+# ---------------------------------------------------------------- beside a teacher
+
+
+def teacher(dtype=torch.float64, **fields):
+    """A teacher of another width that knows what it says, and the same vocabulary."""
+    return Teaching(torch.randn(TOKENS, 9, dtype=dtype), torch.randn(VOCAB, 9, dtype=dtype), **fields)
+
+
+def by_definition(hidden, weight, targets, teaching, z_loss=0.0, softcap=None):
+    """(cross entropy, divergence, total) over whole logits, a token and a word at a time."""
+
+    def logits_of(h, w, cap):
+        logits = h @ w.T
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    counted = targets != IGNORE
+    t = teaching.temperature
+    p = (logits_of(teaching.hidden, teaching.weight, teaching.softcap) / t).softmax(-1)
+    q = (logits_of(hidden, weight, softcap) / t).softmax(-1)
+    divergence = t**2 * (p * (p / q).log())[counted].sum()
+    entropy, total = by_torch(hidden, weight, targets, z_loss, softcap)
+    return torch.stack((entropy, divergence, teaching.ce * total + teaching.kl * divergence))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1024])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "softcap"),
+    [
+        ({}, None),
+        ({"ce": 0.3, "kl": 2.0}, None),
+        ({"temperature": 3.0}, None),
+        ({"ce": 1.0, "kl": 0.5, "temperature": 0.5, "softcap": 2.0}, 0.7),
+    ],
+)
+def test_distillation_is_its_definition(fields, softcap, dtype, bound, chunk):
+    hidden, weight, targets = batch()
+    taught = teacher(**fields)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = by_definition(*leaves, targets, taught, 0.1, softcap)
+    exact = torch.autograd.grad(3.0 * expected[2], leaves)
+    twins = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    narrow = Teaching(taught.hidden.to(dtype), taught.weight.to(dtype).requires_grad_(), **fields)
+    found = chunked_distillation(*twins, targets, narrow, 0.1, chunk, softcap)
+    assert found.dtype == dtype and relative(found, expected) < bound
+    for one, other in zip(torch.autograd.grad(3.0 * found[2], twins), exact, strict=True):
+        assert one.dtype == dtype and relative(one, other) < bound
+    assert found[1] > 0 and narrow.weight.grad is None
+    with torch.no_grad():
+        assert torch.equal(chunked_distillation(*twins, targets, narrow, 0.1, chunk, softcap), found)
+
+
+def test_distillation_passes_gradcheck():
+    hidden, weight, targets = (x[:6] for x in batch())
+    taught = teacher(ce=0.4, kl=0.7, temperature=2.0)
+    taught = Teaching(taught.hidden[:6], taught.weight[:6], ce=0.4, kl=0.7, temperature=2.0)
+    targets = targets.masked_fill(targets != IGNORE, 3)
+    leaves = [hidden.requires_grad_(), weight.clone().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda h, w: chunked_distillation(h, w, targets, taught, 0.1, 4)[2], leaves)
+
+
+def test_a_mixture_is_the_sum_of_its_parts():
+    hidden, weight, targets = batch()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    taught = teacher()
+
+    def gradients(ce, kl):
+        mixed = Teaching(taught.hidden, taught.weight, ce=ce, kl=kl)
+        return torch.autograd.grad(chunked_distillation(*leaves, targets, mixed, 0.1, 7)[2], leaves)
+
+    alone = torch.autograd.grad(chunked_cross_entropy(*leaves, targets, 0.1, 7)[1], leaves)
+    for entropy, divergence, both, reference in zip(
+        gradients(1, 0), gradients(0, 1), gradients(0.3, 2), alone, strict=True
+    ):
+        assert relative(entropy, reference) < 1e-12
+        assert relative(both, 0.3 * entropy + 2 * divergence) < 1e-12
+
+
+def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn():
+    hidden, weight, targets = batch()
+    hidden.requires_grad_()
+    found = chunked_distillation(hidden, weight, targets, Teaching(hidden, weight, temperature=2.0), chunk=7)
+    found[2].backward()
+    assert found[1].abs() < 1e-12 and hidden.grad.abs().max() < 1e-12
+    ignored = torch.full_like(targets, IGNORE)
+    assert chunked_distillation(hidden, weight, ignored, teacher(ce=1.0), chunk=7).tolist() == [0, 0, 0]
+
+
+class Shapes(TorchDispatchMode):
+    """The greatest number of elements of any result."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return out
+
+
+def test_no_logits_of_all_tokens_are_ever_made():
+    tokens, vocab = 400, 300
+    hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)
+    taught = Teaching(torch.randn(tokens, 3), torch.randn(vocab, 3), ce=1.0)
+    with Shapes() as shapes:
+        chunked_distillation(hidden, weight, torch.arange(tokens) % vocab, taught, chunk=20)[2].backward()
+    assert shapes.largest == 20 * vocab
+
+
+def test_distillation_in_bfloat16():
+    hidden, weight, targets = batch(torch.float32)
+    taught = teacher(torch.float32, ce=0.5)
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    wide = Teaching(taught.hidden.double(), taught.weight.double(), ce=0.5)
+    expected = by_definition(*exact, targets, wide)
+    expected[2].backward()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunked_distillation(*leaves, targets, taught, chunk=7)
+    found[2].backward()
+    assert found.dtype == torch.float32 and relative(found, expected) < 1e-2
+    for ours, theirs in zip(leaves, exact, strict=True):
+        assert ours.grad.dtype == torch.float32 and relative(ours.grad, theirs.grad) < 3e-2

@@ -1,7 +1,9 @@
-"""Cross entropy that never holds the logits of all tokens."""
+"""Cross entropy, and divergence from a teacher, that never hold the logits of all tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,45 +39,91 @@ def chunked_cross_entropy(
     Returns:
         (2,) float32: the cross entropy alone, for the log, and the total with z-loss, to be differentiated.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    else:
-        dtype = hidden.dtype
+    return _by_chunks(hidden, weight, chunk, softcap, lambda logits, at: _entropy(logits, targets[at], z_loss))
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a frozen teacher says of a batch, and how much it counts.
+
+    Args:
+        hidden: (..., D') behind its final norm, for the same tokens; ``weight`` (V, D') makes logits of it.
+        softcap: of its logits.
+        ce: weight of the cross entropy with its z-loss; ``kl``: of the divergence.
+        temperature: both sides' logits are divided by it, and the divergence is multiplied by its square, so that its
+            gradient keeps its size (arXiv 1503.02531).
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    softcap: float | None = None
+    ce: float = 0.0
+    kl: float = 1.0
+    temperature: float = 1.0
+
+
+def chunked_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teaching: Teaching,
+    z_loss: float = 0.0,
+    chunk: int = LOGITS_CHUNK,
+    softcap: float | None = None,
+) -> Tensor:
+    """``chunked_cross_entropy`` and the divergence KL(teacher | student) over the vocabulary, over the same tokens.
+
+    Neither side's logits are ever held for more than a chunk of tokens.
+
+    Returns:
+        (3,) float32: the summed cross entropy, the summed divergence, and ce * (cross entropy + z-loss) + kl *
+        divergence, to be differentiated. The teacher gets no gradient.
+    """
+    dtype = _compute_dtype(hidden)
+    theirs, their_weight = teaching.hidden.detach().flatten(0, -2), teaching.weight.detach().to(dtype)
+
+    def loss(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        reference = (theirs[at].to(dtype) @ their_weight.T).to(logits.dtype)
+        reference, _ = _capped(reference, teaching.softcap)
+        return _divergence(logits, reference, targets[at], teaching, z_loss)
+
+    return _by_chunks(hidden, weight, chunk, softcap, loss)
+
+
+# Of a chunk's logits (n, V), which it may overwrite, and its place among the tokens: sums (K,) and the gradient (n, V)
+# of the last of them.
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def _by_chunks(hidden: Tensor, weight: Tensor, chunk: int, softcap: float | None, loss: ChunkLoss) -> Tensor:
     need = torch.is_grad_enabled() and (hidden.requires_grad, weight.requires_grad)
-    return _CrossEntropy.apply(hidden, weight, targets, z_loss, chunk, softcap, dtype, need or (False, False))
+    return _ByChunks.apply(hidden, weight, chunk, softcap, loss, _compute_dtype(hidden), need or (False, False))
 
 
-class _CrossEntropy(torch.autograd.Function):
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of products: autocast's where it is on."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+class _ByChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, z_loss, chunk, softcap, dtype, need):  # type: ignore[override]
+    def forward(ctx: Any, hidden, weight, chunk, softcap, loss, dtype, need):  # type: ignore[override]
         wide = torch.promote_types(dtype, torch.float32)
         dhidden = torch.empty_like(hidden, dtype=dtype) if need[0] else None
         dweight = torch.zeros_like(weight, dtype=wide) if need[1] else None
-        entropy, square = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
+        total: Any = 0.0
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
-            for begin in range(0, hidden.shape[0], chunk):
+            for begin in range(0, max(1, hidden.shape[0]), chunk):
                 span = slice(begin, begin + chunk)
-                h, target = hidden[span].to(dtype), targets[span]
-                counted = target != IGNORE
-                logits = (h @ w.T).to(wide)
-                slope = None
-                if softcap is not None:
-                    logits = logits.div_(softcap).tanh_()
-                    slope = 1 - logits.square()  # of the cap, for the gradient
-                    logits = logits.mul_(softcap)
-                picked = logits.gather(-1, target.clamp(min=0)[:, None])[:, 0]
-                # One exponential serves both the normaliser and the gradient, in place of the logits.
-                top = logits.amax(-1)
-                total = logits.sub_(top[:, None]).exp_().sum(-1)
-                log_z = top + total.log()
-                entropy += ((log_z - picked) * counted).sum()
-                square += (log_z.square() * counted).sum()
+                h = hidden[span].to(dtype)
+                logits, slope = _capped((h @ w.T).to(wide), softcap)
+                sums, grad = loss(logits, span)
+                total = total + sums
                 if not any(need):
                     continue
-                # d/dlogits = softmax * (1 + 2 z log_z) - one_hot(target)
-                grad = logits.mul_((counted * (1 + 2 * z_loss * log_z) / total)[:, None])
-                grad.scatter_add_(-1, target.clamp(min=0)[:, None], -counted.to(wide)[:, None])
                 grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
                 if dhidden is not None:
                     dhidden[span] = grad @ w
@@ -83,15 +131,55 @@ class _CrossEntropy(torch.autograd.Function):
                     dweight += grad.T @ h
         ctx.save_for_backward(*(g if g is not None else torch.empty(0) for g in (dhidden, dweight)))
         ctx.dtypes, ctx.need = (hidden.dtype, weight.dtype), need
-        return torch.stack((entropy, entropy + z_loss * square))
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[override]
         grads = []
         for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True):
-            grads.append((saved * grad[1].to(saved.dtype)).to(dtype) if need else None)
-        return *grads, *[None] * 6
+            grads.append((saved * grad[-1].to(saved.dtype)).to(dtype) if need else None)
+        return *grads, *[None] * 5
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits under their cap, in place, and the slope of the cap, for the gradient."""
+    if softcap is None:
+        return logits, None
+    logits = logits.div_(softcap).tanh_()
+    slope = 1 - logits.square()
+    return logits.mul_(softcap), slope
+
+
+def _entropy(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """(cross entropy, the same with z-loss) summed, and the gradient of the second, in place of the logits."""
+    counted = target != IGNORE
+    picked = logits.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+    # One exponential serves both the normaliser and the gradient.
+    top = logits.amax(-1)
+    total = logits.sub_(top[:, None]).exp_().sum(-1)
+    log_z = top + total.log()
+    entropy = ((log_z - picked) * counted).sum()
+    square = (log_z.square() * counted).sum()
+    # d/dlogits = softmax * (1 + 2 z log_z) - one_hot(target)
+    grad = logits.mul_((counted * (1 + 2 * z_loss * log_z) / total)[:, None])
+    grad.scatter_add_(-1, target.clamp(min=0)[:, None], -counted.to(grad.dtype)[:, None])
+    return torch.stack((entropy, entropy + z_loss * square)), grad
+
+
+def _divergence(
+    logits: Tensor, theirs: Tensor, target: Tensor, teaching: Teaching, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """(cross entropy, divergence, weighted total) summed, and the total's gradient, in place of the logits."""
+    counted, t = target != IGNORE, teaching.temperature
+    log_q = torch.log_softmax(logits / t, -1)
+    log_p = torch.log_softmax(theirs.div_(t), -1)
+    p = log_p.exp()
+    divergence = t * t * (log_p.sub_(log_q).mul_(p).sum(-1) * counted).sum()
+    slope = log_q.exp_().sub_(p).mul_((teaching.kl * t * counted)[:, None])  # t^2 (q - p) / t
+    entropy, grad = _entropy(logits, target, z_loss)
+    total = teaching.ce * entropy[1] + teaching.kl * divergence
+    return torch.stack((entropy[0], divergence, total)), grad.mul_(teaching.ce).add_(slope)
 
 
 def cross_entropy_per_token(logits: Tensor, targets: Tensor) -> Tensor:

@@ -122,13 +122,13 @@ def attend(q: Tensor, line: Line, sinks: tuple[Tensor, ...], *, scale: float, so
     own = F.pad(line.number[:, window:], (0, rest), value=-1).unflatten(1, (-1, block))  # (B, N, C)
     distance = window + torch.arange(block, device=q.device)[:, None] - torch.arange(window + block, device=q.device)
     seen = (distance >= 0) & (distance < window) & (distance <= own[..., None])  # (B, N, C, W + C)
-    scores = _capped(torch.einsum("bncgrk,bngks->bngrcs", q, k).float() * scale, softcap)
+    scores = _soft_capped(torch.einsum("bncgrk,bngks->bngrcs", q, k).float() * scale, softcap)
     scores = scores.masked_fill(~seen[:, :, None, None], float("-inf"))
     if sinks[0].shape[2]:
         k_sinks, v_sinks = (_blocks(x, rest, block) for x in sinks)  # (B, N, C, s, Hkv, .), N and C 1 for all alike
         index = torch.arange(k_sinks.shape[3], device=q.device)
         far = (own[..., None] - index >= window)[:, :, None, None]  # (B, N, 1, 1, C, s)
-        more = _capped(torch.einsum("bncgrk,bncsgk->bngrcs", q, _like(k_sinks, q)).float() * scale, softcap)
+        more = _soft_capped(torch.einsum("bncgrk,bncsgk->bngrcs", q, _like(k_sinks, q)).float() * scale, softcap)
         scores = torch.cat((scores, more.masked_fill(~far, float("-inf"))), -1)
     weights = (scores - scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)).exp()
     near = weights[..., : window + block]
@@ -149,7 +149,7 @@ def _like(x: Tensor, q: Tensor) -> Tensor:
     return x.expand(-1, q.shape[1], q.shape[2], -1, -1, -1)
 
 
-def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+def _soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 

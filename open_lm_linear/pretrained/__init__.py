@@ -9,6 +9,7 @@ from open_lm_linear.pretrained.loading import (
     load_pretrained,
     load_tokenizer,
     load_weights,
+    materialise,
 )
 from open_lm_linear.pretrained.matching import changes_of, is_swap, match
 from open_lm_linear.pretrained.presets import PRESETS, Preset
@@ -27,5 +28,6 @@ __all__ = [
     "load_tokenizer",
     "load_weights",
     "match",
+    "materialise",
     "open_source",
 ]

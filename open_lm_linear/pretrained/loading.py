@@ -15,7 +15,7 @@ from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig, ModelSection
 from open_lm_linear.cli import UserError
 from open_lm_linear.model import Transformer, read_config, swap
-from open_lm_linear.parallel import put, put_rows
+from open_lm_linear.parallel import Context, ParallelConfig, apply, put, put_rows, storage
 from open_lm_linear.pretrained.matching import Match, Recipe, match, require_equal
 from open_lm_linear.pretrained.presets import cache_folder
 from open_lm_linear.pretrained.sources import TORCH_SUFFIXES, Source, open_source
@@ -66,6 +66,19 @@ def build_model(
     model = model.to(dtype).to_empty(device=device)
     initialise(model, seed)
     return model.eval()
+
+
+def materialise(
+    model: Transformer, source: Source | None, cfg: ParallelConfig, ctx: Context, seed: int = 0
+) -> Transformer:
+    """A model of the meta device cut over the ranks and filled: from the checkpoint, without one from ``seed``."""
+    model = apply(model, cfg, ctx)
+    model.to_empty(device=storage(cfg, ctx))
+    if source is not None:
+        load_weights(model, source, seed)
+    else:
+        initialise(model, seed)
+    return model
 
 
 def load_weights(model: Transformer, source: Source, seed: int = 0, matched: Match | None = None) -> Match:
