@@ -14,10 +14,11 @@ import torch
 from open_lm_linear import attention, gauges, parallel, pretrained
 from open_lm_linear.cli import UserError
 from open_lm_linear.config import Config
-from open_lm_linear.data import masks
+from open_lm_linear.data import masks, stream
+from open_lm_linear.data.teacher_logits import TeacherLogits
 from open_lm_linear.model import Transformer
 from open_lm_linear.objectives import LAYERWISE
-from open_lm_linear.ops.losses import IGNORE, Teaching
+from open_lm_linear.ops.losses import IGNORE, Teaching, TopTeaching
 from open_lm_linear.parallel import Context
 from open_lm_linear.validation import Part, loss_of
 
@@ -32,6 +33,10 @@ class Objective:
         teacher: the source of the frozen model; only its header is read before ``load``.
     """
 
+    logits: TeacherLogits | None = None
+    """What the training data hold of a teacher beside the tokens, if that is learnt from."""
+    notes: tuple[str, ...] = ()
+    """What the plan says of it."""
     reached: Collection[str] | None = None
     """Names of the parameters that the loss has a gradient for; None: all."""
 
@@ -83,7 +88,7 @@ class Objective:
     def accumulate(self, model: Transformer, batch: Tensor) -> tuple[dict[str, Any], int]:
         """Gradients of the loss of this rank's rows of the global batch; returns ``named`` and the tokens of it all."""
         pieces = self.pieces(batch)
-        count = self.ctx.sum(torch.stack([self.count(targets) for _, targets, _ in pieces]).sum())
+        count = self.ctx.sum(torch.stack([self.count(piece[1]) for piece in pieces]).sum())
         divisor = count.clamp(min=1)  # a batch may have no target at all
         total: Any = 0.0
         for i, piece in enumerate(pieces):
@@ -94,12 +99,13 @@ class Objective:
             total = total + sums.detach()
         return self.named(self.ctx.sum(total) / divisor), int(count)
 
-    def pieces(self, batch: Tensor) -> list[Part]:
+    def pieces(self, batch: Tensor) -> list[Any]:
         """This rank's rows in as many parts as ``--accum-freq`` says."""
-        n = self.cfg.run.accum_freq
-        inputs, targets, first = masks.inputs_and_targets(batch, self.cfg.data)
-        firsts = [None] * n if first is None else first.chunk(n)
-        return list(zip(inputs.chunk(n), targets.chunk(n), firsts, strict=True))
+        return [self.part(rows) for rows in batch.chunk(self.cfg.run.accum_freq)]
+
+    def part(self, rows: Tensor) -> Any:
+        """What ``sums`` takes, of rows of the training data: inputs, targets, first and what else there is."""
+        return masks.inputs_and_targets(rows, self.cfg.data)
 
 
 class Distillation(Objective):
@@ -107,6 +113,15 @@ class Distillation(Objective):
 
     def require_fit(self, model: Transformer) -> None:
         self.require_same(model, "vocab_size")
+        if self.cfg.objective.kl_top_k > model.config.vocab_size:
+            raise UserError(
+                f"--kl-top-k {self.cfg.objective.kl_top_k} is more than the vocabulary, {model.config.vocab_size}."
+            )
+
+    @property
+    def scales(self) -> dict[str, float]:
+        weights, temperature = self.weights, self.cfg.objective.kl_temperature
+        return {"ce": weights.get("ce", 0.0), "kl": weights["kl"], "temperature": temperature}
 
     def load(self) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
@@ -121,14 +136,8 @@ class Distillation(Objective):
         with self.ctx.autocast(), torch.no_grad():
             hidden, _ = self.teacher.hidden(inputs, first=first)
         with self.ctx.autocast(), parallel.unsharded(self.teacher):
-            teaching = Teaching(
-                hidden,
-                self.teacher.head_weight(),
-                self.teacher.config.logit_softcap,
-                ce=self.weights.get("ce", 0.0),
-                kl=self.weights["kl"],
-                temperature=self.cfg.objective.kl_temperature,
-            )
+            head, cap = self.teacher.head_weight(), self.teacher.config.logit_softcap
+            teaching = Teaching(hidden, head, cap, top_k=self.cfg.objective.kl_top_k, **self.scales)
             return model.loss(inputs, targets, self.cfg.optim.z_loss_coefficient, first=first, teaching=teaching)
 
     def named(self, means: Tensor) -> dict[str, Any]:
@@ -139,6 +148,47 @@ class Distillation(Objective):
     def flops(self, model: Transformer, seq_len: int) -> float:
         assert self.teacher is not None
         return super().flops(model, seq_len) + self.teacher.flops_per_token(seq_len)
+
+
+class OfflineDistillation(Distillation):
+    """The same from what a teacher said beforehand, which the training data hold; there is no teacher in memory.
+
+    Validation data are read without it, and so have the cross entropy alone.
+    """
+
+    def __init__(self, cfg: Config, model: Transformer, ctx: Context) -> None:
+        super().__init__(cfg, model, None, ctx)
+        self.seq_len = cfg.data.seq_len or model.config.seq_len
+        self.logits = logits = stream.teacher_logits_of(cfg.data)
+        if cfg.data.squash_mask_left:
+            raise UserError("--squash-mask-left moves tokens, and the logits beside them stay: give a real --teacher.")
+        for name, ours, theirs in (
+            ("a vocabulary of", model.config.vocab_size, logits.vocab_size),
+            ("--kl-temperature", cfg.objective.kl_temperature, logits.temperature),
+            ("the --document-separator to reset at", cfg.data.document_separator, logits.document_separator),
+        ):
+            if ours != theirs:
+                raise UserError(
+                    f"the teacher's logits in the shards were written with {name} {theirs}, and this run has {ours}: "
+                    "give the same, or write them anew with open_lm_linear.data.teach."
+                )
+        self.notes = (f"learns from the top {logits.top_k} tokens of {logits.source}, which the shards hold",)
+
+    def load(self) -> None:
+        """There is nothing to load."""
+
+    def part(self, rows: Tensor) -> Any:
+        assert self.logits is not None
+        tokens, ids, log_p = self.logits.split(rows, self.seq_len)
+        return *masks.inputs_and_targets(tokens, self.cfg.data), TopTeaching(ids, log_p, **self.scales)
+
+    def sums(self, model: Transformer, part: Any) -> Tensor:
+        inputs, targets, first, teaching = part
+        with self.ctx.autocast():
+            return model.loss(inputs, targets, self.cfg.optim.z_loss_coefficient, first=first, teaching=teaching)
+
+    def flops(self, model: Transformer, seq_len: int) -> float:
+        return gauges.training_flops(model, seq_len)
 
 
 class Alignment(Objective):
@@ -226,6 +276,8 @@ def objective_of(cfg: Config, model: Transformer, source: pretrained.Source | No
     asked = cfg.objective
     if not asked.taught:
         return Objective(cfg, model, None, ctx)
+    if asked.offline:
+        return OfflineDistillation(cfg, model, ctx)
     if asked.teacher:
         teacher = pretrained.open_source(asked.teacher)
     elif source is not None and attention.canonical(source.config.attn_name) == "softmax":

@@ -18,7 +18,7 @@ from open_lm_linear.architecture import ModelConfig, parse_rotary_scaling, shipp
 from open_lm_linear.attention.base import Attention, State, truncated_normal
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.norms import Norm, build_norm
-from open_lm_linear.ops.losses import Teaching, chunked_cross_entropy, chunked_distillation
+from open_lm_linear.ops.losses import Teaching, TopTeaching, chunked_cross_entropy, chunked_distillation
 from open_lm_linear.ops.recompute import recomputed
 
 Tensor = torch.Tensor
@@ -320,7 +320,7 @@ class Transformer(nn.Module):
         z_loss: float = 0.0,
         first: Tensor | None = None,
         per_sequence: bool = False,
-        teaching: Teaching | None = None,
+        teaching: Teaching | TopTeaching | None = None,
     ) -> Tensor:
         """Sum of the cross entropy (nats) over targets (B, T) other than -100, plus z_loss * sum(logsumexp^2).
 

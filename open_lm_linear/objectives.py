@@ -10,6 +10,7 @@ from open_lm_linear.cli import UserError, did_you_mean
 
 LAYERWISE = ("align", "hidden")
 LOSSES = ("ce", "kl", *LAYERWISE)
+SHARDS = "shards"
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,11 @@ class ObjectiveConfig:
     swapped attention's output on the teacher's residual stream, over the variance of the teacher's; hidden: the same of
     each block's output. Those two train attentions alone, and run the body without gradients."""
     teacher: str = ""
-    """The frozen model to learn from: what --pretrained takes. Empty: --pretrained, before its attention is swapped."""
-
+    """The frozen model to learn from: what --pretrained takes. Empty: --pretrained, before its attention is swapped.
+    shards: what data.teach wrote beside the tokens of the training data, for kl; no teacher is in memory then."""
+    kl_top_k: int = 0
+    """kl over this many of the teacher's likeliest tokens and all others together. 0: over the whole vocabulary, or
+    with --teacher shards over what they hold."""
     kl_temperature: float = 1.0
     """Logits of both sides are divided by it in kl, which is multiplied by its square."""
 
@@ -64,6 +68,11 @@ class ObjectiveConfig:
         """Whether a teacher is needed."""
         return set(self.weights) != {"ce"}
 
+    @property
+    def offline(self) -> bool:
+        """Whether the teacher's logits are read with the tokens."""
+        return self.teacher == SHARDS
+
     def taught_by(self, teacher: str) -> ObjectiveConfig:
         """The same with a teacher, where one is needed and none is given."""
         return dataclasses.replace(self, teacher=teacher) if self.taught and not self.teacher else self
@@ -77,7 +86,14 @@ class ObjectiveConfig:
             )
         if not 0 < self.kl_temperature < math.inf:
             raise UserError(f"--kl-temperature must be above 0, not {self.kl_temperature}.")
-        if self.kl_temperature != 1 and "kl" not in self.weights:
-            raise UserError("--kl-temperature belongs to --loss kl=WEIGHT: give that too.")
+        if self.kl_top_k < 0:
+            raise UserError(f"--kl-top-k must be 0 or more, not {self.kl_top_k}.")
+        for name in ("kl_temperature", "kl_top_k"):
+            if getattr(self, name) != getattr(ObjectiveConfig, name) and "kl" not in self.weights:
+                raise UserError(f"--{name.replace('_', '-')} belongs to --loss kl=WEIGHT: give that too.")
+        if self.offline and self.layerwise:
+            raise UserError("--teacher shards has logits and no layers: align and hidden need a teacher in memory.")
+        if self.offline and self.kl_top_k:
+            raise UserError("--kl-top-k is what the shards hold with --teacher shards: leave it out.")
         if self.teacher and not self.taught:
             raise UserError(f"--teacher {self.teacher} is asked nothing: --loss is cross entropy alone.")

@@ -85,7 +85,7 @@ class Plan:
             state_bytes=(width * held + optim.bytes_per_trained(cfg.optim, width) * trained) // shards,
             loss=" + ".join(f"{weight:g} {name}" for name, weight in objective.weights.items()),
             teacher="" if teacher is None else pretrained.describe(teacher.config),
-            notes=(*pretrained.changes_of(source, model.config), *source.notes) if source else (),
+            notes=objective.notes + ((*pretrained.changes_of(source, model.config), *source.notes) if source else ()),
         )
 
     def text(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from open_lm_linear import checkpoint, faults, gauges, optim, parallel, pretrained, run_folder
 from open_lm_linear.averaging import Averagers
@@ -74,12 +75,12 @@ def train(cfg: Config) -> Path | None:
         faults.rewind_logs(run, samples, state)
 
         micro = cfg.run.global_batch_size // ctx.world_size // cfg.run.accum_freq
-        seconds = _rehearse(model, objective, cfg, ctx, micro, seq_len)
+        seconds = _rehearse(model, objective, micro, seq_len)
         log.say(plan.forecast(seconds, state.step, memory_bytes(ctx.device)))
         if cfg.run.dry_run:
             log.close()
             return None
-        objective.begin(lambda: next(_batches(cfg, ctx, cfg.run.first_sample, seq_len, model.config.vocab_size)))
+        objective.begin(lambda: next(_batches(objective, cfg.run.first_sample, seq_len, model.config.vocab_size)))
         if state.step == 0:
             validate(model, objective, log, state, micro, seq_len)
             if source is not None and cfg.run.fit_tokens:
@@ -106,7 +107,7 @@ def train(cfg: Config) -> Path | None:
         )
         if remote is not None:
             remote.say = log.say
-        batches = _batches(cfg, ctx, state.samples, seq_len, model.config.vocab_size)
+        batches = _batches(objective, state.samples, seq_len, model.config.vocab_size)
         log.start_bar(plan.steps, state.step)
         window = Window()
         while state.step < plan.steps:
@@ -142,7 +143,7 @@ def train(cfg: Config) -> Path | None:
                 log.say(faults.skip(state, first, losses["loss"], norm))
                 if state.skipped_in_row >= cfg.checkpoint.max_skipped_steps:
                     state = faults.roll_back(saver, samples, state)
-                    batches = _batches(cfg, ctx, state.samples, seq_len, model.config.vocab_size)
+                    batches = _batches(objective, state.samples, seq_len, model.config.vocab_size)
                     window.reset()
             else:
                 averagers.step(state.step)
@@ -151,7 +152,7 @@ def train(cfg: Config) -> Path | None:
                 if log_step:
                     _report(log, window, state, lr, norm, plan, ctx, flops, norms)
                 if cfg.measure.log_state_every and state.step % cfg.measure.log_state_every == 0:
-                    log.row("states.jsonl", {"step": state.step, **gauges.probe_states(model, batch[:, :-1], ctx)})
+                    log.row("states.jsonl", {"step": state.step, **gauges.probe_states(model, batch[:, :seq_len], ctx)})
                 evaluator.after_step(model, log, state, window)
             epoch, within = divmod(state.step, plan.steps_per_epoch)
             last = state.step == plan.steps
@@ -209,8 +210,9 @@ def _logger(cfg: Config, run: Path, ctx: Context) -> Logger:
     )
 
 
-def _batches(cfg: Config, ctx: Context, samples_seen: int, seq_len: int, vocab_size: int) -> Iterator[Tensor]:
+def _batches(objective: Objective, samples_seen: int, seq_len: int, vocab_size: int) -> Iterator[Tensor]:
     """This rank's rows of the training data from one sample on."""
+    cfg, ctx = objective.cfg, objective.ctx
     return stream.global_batches(
         cfg.data,
         seed=cfg.run.seed,
@@ -220,20 +222,23 @@ def _batches(cfg: Config, ctx: Context, samples_seen: int, seq_len: int, vocab_s
         world_size=ctx.world_size,
         seq_len=seq_len,
         vocab_size=vocab_size,
+        logits=objective.logits,
     )
 
 
-def _rehearse(model: Transformer, objective: Objective, cfg: Config, ctx: Context, micro: int, seq_len: int) -> float:
+def _rehearse(model: Transformer, objective: Objective, micro: int, seq_len: int) -> float:
     """Seconds per token of the whole job, by one micro-batch of made-up tokens run forward and backward.
 
     What would fail in the first step (memory above all) fails here, before the run begins.
     """
-    generator = torch.Generator().manual_seed(0)
+    ctx, generator = objective.ctx, torch.Generator().manual_seed(0)
     batch = torch.randint(model.config.vocab_size, (micro, seq_len + 1), generator=generator).to(ctx.device)
+    if objective.logits is not None:
+        batch = F.pad(batch, (0, objective.logits.row_length(seq_len) - seq_len - 1))
     seconds = 0.0
     for _ in range(1 if ctx.device.type == "cpu" else 2):  # a GPU's first pass pays for compilation
         began = time.perf_counter()
-        objective.sums(model, masks.inputs_and_targets(batch, cfg.data))[-1].backward()
+        objective.sums(model, objective.part(batch))[-1].backward()
         if ctx.device.type == "cuda":
             torch.cuda.synchronize(ctx.device)
         seconds = time.perf_counter() - began

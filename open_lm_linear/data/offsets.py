@@ -1,7 +1,7 @@
 """Where a tar's samples lie, kept in a small file so that a restart scans no headers. It is a cache and may vanish.
 
 The file is int64 (1 + samples, 3): a first row (FORMAT and the CRC of the others, the tar's bytes, its mtime in ns),
-then one row a sample: number of its extension in DATA_KEYS, offset, bytes.
+then one row a sample: number of its extension in MEMBER_KEYS, offset, bytes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from open_lm_linear.data.samples import DATA_KEYS
+from open_lm_linear.data.samples import MEMBER_KEYS
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".index.npy"
 
 
@@ -35,7 +35,7 @@ def save(path: str, members: Mapping[str, np.ndarray]) -> None:
     """Keeps what a scan found, beside the tar or, where that folder is read-only, in the cache; else nowhere."""
     parts = [
         np.column_stack([np.full(len(members[key]), number), members[key]])
-        for number, key in enumerate(DATA_KEYS)
+        for number, key in enumerate(MEMBER_KEYS)
         if key in members
     ]
     if not parts:
@@ -68,7 +68,7 @@ def _members(table: np.ndarray, path: str) -> dict[str, np.ndarray] | None:
     if table[0].tolist() != _stamp(path, table[1:]):
         return None
     kinds, spans = table[1:, 0], table[1:, 1:]
-    return {key: spans[kinds == number] for number, key in enumerate(DATA_KEYS) if (kinds == number).any()}
+    return {key: spans[kinds == number] for number, key in enumerate(MEMBER_KEYS) if (kinds == number).any()}
 
 
 def _stamp(path: str, rows: np.ndarray) -> list[int]:

@@ -14,6 +14,7 @@ extra): ``RAY_ADDRESS=HOST:PORT python -m open_lm_linear.data.prepare --engine r
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -40,6 +41,7 @@ from open_lm_linear.data.shuffle import (
     shard_ranks,
     token_type,
 )
+from open_lm_linear.data.teacher_logits import SETTINGS, TeacherSection
 from open_lm_linear.data.tokenise import (
     SIDES,
     Job,
@@ -97,6 +99,7 @@ class PrepareConfig:
     """Where the work is done: on this machine, or as tasks of the Ray cluster at RAY_ADDRESS."""
     benchmark: bool = False
     """Also let the tokenizer alone run over the same texts, batch by batch in turn, and print both speeds."""
+    teaching: TeacherSection = field(default_factory=TeacherSection)
 
 
 @dataclass
@@ -189,9 +192,10 @@ def prepare(cfg: PrepareConfig, speed: Speed | None = None) -> dict[str, Split]:
                 journal.begin_shards()
             for split in splits.values():
                 _write(engine, cfg, split, len(pieces) + 1, speed)
+        taught = _taught(cfg, splits["train"], job)
         for split in reversed(splits.values()):  # training data last: it is there when all is
             if split.sequences:
-                card = _card(cfg, split, splits["val"], job, inputs)
+                card = _card(cfg, split, splits["val"], job, inputs) | (taught if split.name == "train" else {})
                 write_manifest(cfg.output / split.name / MANIFEST, split.shards, card)
         journal.remove()
     return splits
@@ -233,6 +237,7 @@ def _settings(cfg: PrepareConfig, inputs: list[Input], job: Job) -> dict[str, An
         "tokenizer": f"{cfg.tokenizer} ({job.tokenizer_id[:12]})",
         **{name: getattr(cfg, name) for name in (*names, "dataset", "dataset_config", "dataset_split")},
         "inputs": [(entry.path, entry.size, entry.stamp, entry.cuts) for entry in inputs],
+        **({"teaching": dataclasses.asdict(cfg.teaching)} if cfg.teaching.teacher else {}),
     }
 
 
@@ -245,6 +250,7 @@ def _check_settings(cfg: PrepareConfig) -> None:
         raise UserError(f"--workers {cfg.workers} must be at least 1, or 0 for all cores.")
     if not cfg.input and not cfg.dataset:
         raise UserError("there is nothing to read: give --input FILES, or --dataset NAME.")
+    cfg.teaching.check()
 
 
 def _refuse_existing(cfg: PrepareConfig) -> None:
@@ -256,7 +262,7 @@ def _refuse_existing(cfg: PrepareConfig) -> None:
 
 def _remove_old(folder: Path) -> None:
     """The manifest goes first, so that a run stopped here leaves no manifest without its shards."""
-    for path in [folder / MANIFEST, folder / CARD, *folder.glob("shard-*.tar")]:
+    for path in [folder / MANIFEST, folder / CARD, folder / SETTINGS, *folder.glob("shard-*.tar")]:
         path.unlink(missing_ok=True)
 
 
@@ -298,6 +304,21 @@ def _write(engine: Serial, cfg: PrepareConfig, split: Split, pieces: int, speed:
             speed.writing += result["seconds"]
             bar.update(result["shards"])
     split.shards = [Shard(str(shard_path(folder, i)), (ranks[i + 1] - ranks[i]).item()) for i in range(number)]
+
+
+def _taught(cfg: PrepareConfig, split: Split, job: Job) -> dict[str, Any]:
+    """Writes the teacher's logits into the training shards, where one is asked; for the card."""
+    if not cfg.teaching.teacher:
+        return {}
+    from open_lm_linear.data.stream import DataConfig
+    from open_lm_linear.data.teach import teach_shards
+
+    reset = cfg.teaching.reset_state_at_document
+    data = DataConfig(reset_state_at_document=reset, document_separator=job.eod if reset else None)
+    told = {"vocab_size": job.vocab_size, "tokenizer": cfg.tokenizer}
+    logits, _ = teach_shards(split.shards, cfg.output / split.name, cfg.teaching, data, told)
+    print(logits.summary())
+    return {"teacher": dataclasses.asdict(logits)}
 
 
 def _card(cfg: PrepareConfig, split: Split, val: Split, job: Job, inputs: list[Input]) -> dict[str, Any]:

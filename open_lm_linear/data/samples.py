@@ -12,6 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 DATA_KEYS = ("npy", "json", "json.gz", "txt")
+TEACHER_KEY = "teacher.npy"  # beside a sample: see teacher_logits
+MEMBER_KEYS = (*DATA_KEYS, TEACHER_KEY)
 MAGIC = b"\x93NUMPY"
 HEADER = re.compile(r"\s*\{\s*'descr': '([^']*)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\}\s*")
 

@@ -8,7 +8,7 @@ import os
 import tarfile
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.data import offsets, remote
 from open_lm_linear.data.manifest import local
-from open_lm_linear.data.samples import DATA_KEYS, Malformed, decode, encode_npy
+from open_lm_linear.data.samples import DATA_KEYS, TEACHER_KEY, Malformed, decode, decode_npy, encode_npy
 
 Members = dict[str, np.ndarray]
 
@@ -43,16 +43,30 @@ def write_shard(
         UserError: a token is outside the vocabulary.
     """
     path = os.fspath(path)
-    unfinished = path + ".tmp"
     extension = "json" if vocab_size is None else "npy"
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for number, sequence in enumerate(sequences, first_key):
+            name = f"{number:08d}.{extension}"
+            try:
+                yield name, _json(sequence) if vocab_size is None else encode_npy(sequence, vocab_size)
+            except Malformed as error:
+                raise UserError(f"sample {name} for {path} is {error}: use the model's tokenizer.") from None
+
+    return write_members(path, members())
+
+
+def write_members(path: str | os.PathLike[str], members: Iterable[tuple[str, bytes]]) -> int:
+    """Writes files, name and content, into a tar that appears under its name only when it is whole; returns how many.
+
+    The same files give the same bytes.
+    """
+    path = os.fspath(path)
+    unfinished = path + ".tmp"
     count = 0
     with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sequence in sequences:
-            member = tarfile.TarInfo(f"{first_key + count:08d}.{extension}")  # mtime, uid and gid stay 0
-            try:
-                content = _json(sequence) if vocab_size is None else encode_npy(sequence, vocab_size)
-            except Malformed as error:
-                raise UserError(f"sample {member.name} for {path} is {error}: use the model's tokenizer.") from None
+        for name, content in members:
+            member = tarfile.TarInfo(name)  # mtime, uid and gid stay 0
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
             count += 1
@@ -97,6 +111,7 @@ class ShardIndex:
             offsets.save(self.path, members)
         self.data_key = _choose_key(self.name, data_key, list(members))
         self.spans = members[self.data_key]
+        self.teacher_spans = members.get(TEACHER_KEY)
         if expected is not None and len(self) != expected:
             raise UserError(
                 f"shard {self.name} holds {len(self)} samples and its manifest says {expected}: copy the shard "
@@ -135,11 +150,38 @@ class ShardIndex:
 
     def _stored(self, i: int) -> np.ndarray:
         """All tokens of sample ``i`` in the dtype that they are stored in."""
-        offset, size = self.spans[i].tolist()
         try:
-            return decode(os.pread(self._file.fileno(), size, offset), self.data_key)
+            return decode(self.content(i), self.data_key)
         except Malformed as error:
             raise UserError(f"{self._name(i)} is corrupt, {error}: copy or prepare this shard again.") from error
+
+    def content(self, i: int) -> bytes:
+        """The bytes of sample ``i``."""
+        offset, size = self.spans[i].tolist()
+        return os.pread(self._file.fileno(), size, offset)
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher's logits lie beside every sample."""
+        return self.teacher_spans is not None and len(self.teacher_spans) == len(self)
+
+    def read_teacher(self, i: int, count: int) -> np.ndarray:
+        """The first ``count`` words of what a teacher said of sample ``i``: uint16 (count,), see teacher_logits.
+
+        Raises:
+            UserError: the shard has none, or they are corrupt or fewer.
+        """
+        if self.teacher_spans is None or not self.taught:
+            raise UserError(f"shard {self.name} holds no teacher's logits beside its samples: see data.teach.")
+        offset, size = self.teacher_spans[i].tolist()
+        try:
+            words = decode_npy(os.pread(self._file.fileno(), size, offset))[:count]
+            if words.dtype != np.uint16 or len(words) < count:
+                raise Malformed(f"{len(words)} values of {words.dtype} where {count} of uint16 belong")
+        except Malformed as error:
+            name = f"shard {self.name} sample {self.key(i)}.{TEACHER_KEY}"
+            raise UserError(f"{name} is corrupt, {error}: copy or teach this shard again.") from error
+        return words
 
     def read_sequence(self, i: int, seq_len: int, vocab_size: int) -> np.ndarray:
         """The first seq_len + 1 tokens of sample ``i``, (seq_len + 1,) of the integer dtype that they are stored in.

@@ -24,6 +24,7 @@ from open_lm_linear.data.manifest import CARD, MANIFEST, Shard, local, read_data
 from open_lm_linear.data.order import EpochOrder, Key, Order, check_weights, random
 from open_lm_linear.data.remote import CACHE_GB, Ahead, beside, is_remote, suffix, within
 from open_lm_linear.data.shards import ShardIndex, open_paths
+from open_lm_linear.data.teacher_logits import TeacherLogits
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +126,8 @@ def expand_braces(pattern: str) -> list[str]:
 class TokenDataset:
     """The samples of many shards, each addressed by (shard number, sample number).
 
-    ``counts``: int64 (number of shards,), samples per shard. ``len(dataset)``: samples in all.
+    ``counts``: int64 (number of shards,), samples per shard. ``len(dataset)``: samples in all. With ``logits`` a sample
+    is a row of its tokens and what a teacher said of them (``TeacherLogits.row``).
     """
 
     def __init__(
@@ -136,9 +138,11 @@ class TokenDataset:
         data_key: str = "auto",
         cache_gb: float = CACHE_GB,
         keep_open: int = OPEN_SHARDS,
+        logits: TeacherLogits | None = None,
     ) -> None:
         self.shards, self.seq_len, self.vocab_size, self.data_key = shards, seq_len, vocab_size, data_key
-        self.cache_gb, self.keep_open = cache_gb, keep_open
+        self.cache_gb, self.keep_open, self.logits = cache_gb, keep_open, logits
+        self.row_length = logits.row_length(seq_len) if logits else seq_len + 1
         self.counts = np.array([shard.num_sequences for shard in shards], dtype=np.int64)
         self._open: OrderedDict[int, ShardIndex] = OrderedDict()
         self._ahead = Ahead(cache_gb)
@@ -147,16 +151,19 @@ class TokenDataset:
         return int(self.counts.sum())
 
     def __getitem__(self, key: tuple[int, ...]) -> np.ndarray:
-        """The sample (shard, sample), or (shard, sample, shard to fetch meanwhile): (seq_len + 1,) of an integer dtype.
+        """The sample (shard, sample), or (shard, sample, shard to fetch meanwhile): (row_length,) of an integer dtype.
 
         Raises:
             UserError: a missing or wrong shard or sample; the message names it.
         """
         shard, sample, *following = key
-        tokens = self.index(shard).read_sequence(sample, self.seq_len, self.vocab_size)
+        index = self.index(shard)
+        row = index.read_sequence(sample, self.seq_len, self.vocab_size)
+        if self.logits:
+            row = self.logits.row(row, index.read_teacher(sample, self.seq_len * self.logits.words))
         if following and following[0] >= 0 and is_remote(self.shards[following[0]].path):
             self._ahead.start(self.shards[following[0]].path, open_paths)
-        return tokens
+        return row
 
     def index(self, shard: int) -> ShardIndex:
         """The opened shard; the last few used stay open."""
@@ -178,6 +185,7 @@ class SyntheticTokens:
 
     def __init__(self, seed: int, seq_len: int, vocab_size: int) -> None:
         self.seed, self.seq_len, self.vocab_size = seed, seq_len, vocab_size
+        self.row_length = seq_len + 1
 
     def __getitem__(self, index: int) -> np.ndarray:
         return (random(self.seed, index, 0, self.seq_len + 1) % np.uint64(self.vocab_size)).astype(np.int64)
@@ -238,9 +246,16 @@ def _training_order(cfg: DataConfig, seed: int, sources: list[list[Shard]] | Non
     return Order(seed, counts, cfg.train_data_mix_weights, cfg.dataset_resampled)
 
 
-def _dataset(shards: list[Shard], cfg: DataConfig, seq_len: int, vocab_size: int, sources: int = 1) -> TokenDataset:
+def _dataset(
+    shards: list[Shard],
+    cfg: DataConfig,
+    seq_len: int,
+    vocab_size: int,
+    sources: int = 1,
+    logits: TeacherLogits | None = None,
+) -> TokenDataset:
     keep_open = RESAMPLED_SHARDS if cfg.dataset_resampled else max(OPEN_SHARDS, 2 * sources)
-    return TokenDataset(shards, seq_len, vocab_size, cfg.data_key, cfg.data_cache_gb, keep_open)
+    return TokenDataset(shards, seq_len, vocab_size, cfg.data_key, cfg.data_cache_gb, keep_open, logits)
 
 
 def global_batches(
@@ -253,6 +268,7 @@ def global_batches(
     world_size: int,
     seq_len: int,
     vocab_size: int,
+    logits: TeacherLogits | None = None,
 ) -> Iterator[torch.Tensor]:
     """Rank ``rank``'s rows of every global batch from sample ``samples_seen`` on, without end.
 
@@ -260,7 +276,7 @@ def global_batches(
     ``world_size`` equal parts, so the batches of all ranks, joined in rank order, do not depend on ``world_size``.
 
     Yields:
-        int64 (global_batch_size // world_size, seq_len + 1).
+        int64 (global_batch_size // world_size, seq_len + 1); with ``logits`` longer rows, for its ``split``.
 
     Raises:
         UserError: the batch does not divide over the ranks, no data is given, or a shard or sample is wrong.
@@ -274,7 +290,8 @@ def global_batches(
         dataset, item = SyntheticTokens(seed, seq_len, vocab_size), int
     else:
         sources = _train_shards(cfg)
-        dataset = _dataset([shard for source in sources for shard in source], cfg, seq_len, vocab_size, len(sources))
+        shards = [shard for source in sources for shard in source]
+        dataset = _dataset(shards, cfg, seq_len, vocab_size, len(sources), logits)
         item = _training_order(cfg, seed, sources).__getitem__
     share = global_batch_size // world_size
     starts = itertools.count(samples_seen + rank * share, global_batch_size)
@@ -320,7 +337,7 @@ def validation_batches(
 
 
 class _Batches:
-    """A dataset whose items are whole batches: a list of keys -> int64 tensor (len(keys), seq_len + 1)."""
+    """A dataset whose items are whole batches: a list of keys -> int64 tensor (len(keys), row_length)."""
 
     def __init__(self, dataset: TokenDataset | SyntheticTokens) -> None:
         self.dataset = dataset
@@ -329,7 +346,7 @@ class _Batches:
         import torch
 
         try:
-            rows = np.empty((len(keys), self.dataset.seq_len + 1), dtype=np.int64)
+            rows = np.empty((len(keys), self.dataset.row_length), dtype=np.int64)
             for row, key in zip(rows, keys, strict=True):
                 row[:] = self.dataset[key]
         except UserError as error:
@@ -381,8 +398,9 @@ def check(cfg: DataConfig, seq_len: int, vocab_size: int) -> None:
         sources += _train_sources(cfg)
         shards += [shard for source in _train_shards(cfg) for shard in source]
     for path in _files(sources):
-        if suffix(path) == ".jsonl":
-            _check_card(path, seq_len, vocab_size)
+        card = read_dataset_card(path) if suffix(path) == ".jsonl" else None
+        if card is not None:
+            check_card(card, beside(path, CARD), seq_len, vocab_size)
     near = [shard for shard in shards if not is_remote(shard.path)]
     for shard in near:
         if not os.path.isfile(shard.path):
@@ -411,12 +429,38 @@ def separator_of(cfg: DataConfig) -> int:
     return found.pop()
 
 
-def _check_card(manifest: str, seq_len: int, vocab_size: int) -> None:
-    """Compares ``dataset.json`` beside a manifest, where there is one, with the model."""
-    card = read_dataset_card(manifest)
-    if card is None:
-        return
-    path = beside(manifest, CARD)
+def manifests_of(cfg: DataConfig) -> list[str]:
+    """The manifests of the training data.
+
+    Raises:
+        UserError: there is none, or a tar is named directly.
+    """
+    paths = _files(_train_sources(cfg))
+    tars = [path for path in paths if suffix(path) != ".jsonl"]
+    if tars:
+        raise UserError(f"{tars[0]} is no manifest, which is needed here: give a {MANIFEST}, or its folder.")
+    return paths
+
+
+def teacher_logits_of(cfg: DataConfig) -> TeacherLogits:
+    """What the shards of the training data hold of a teacher, from the cards beside the manifests.
+
+    Raises:
+        UserError: some hold nothing, or two disagree.
+    """
+    if cfg.dataset_type == "synthetic":
+        raise UserError("--teacher shards: synthetic tokens lie in no shards; give --train-data.")
+    found: dict[TeacherLogits, str] = {}
+    for path in manifests_of(cfg):
+        found.setdefault(TeacherLogits.of_card(read_dataset_card(path), path), path)
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise UserError(f"{one} and {other} hold logits of different teachers or settings: write both with the same.")
+    return next(iter(found))
+
+
+def check_card(card: dict[str, Any], path: str, seq_len: int, vocab_size: int) -> None:
+    """Compares ``dataset.json``, which lies at ``path``, with the model."""
     vocabulary = card.get("vocab_size", vocab_size)
     if not vocabulary <= vocab_size < vocabulary + VOCABULARY_PADDING:
         raise UserError(

@@ -14,6 +14,7 @@ Tensor = torch.Tensor
 
 IGNORE = -100
 LOGITS_CHUNK = 1024
+NO_MASS = -1e4  # the log of a probability that is 0 in every precision
 
 
 def chunked_cross_entropy(
@@ -52,6 +53,7 @@ class Teaching:
         ce: weight of the cross entropy with its z-loss; ``kl``: of the divergence.
         temperature: both sides' logits are divided by it, and the divergence is multiplied by its square, so that its
             gradient keeps its size (arXiv 1503.02531).
+        top_k: how many of its likeliest tokens are told apart, all others being one; 0: all are.
     """
 
     hidden: Tensor
@@ -60,18 +62,59 @@ class Teaching:
     ce: float = 0.0
     kl: float = 1.0
     temperature: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class TopTeaching:
+    """What a teacher said of a batch beforehand: its likeliest next tokens and all others together (``top_k_of``).
+
+    Args:
+        ids: (..., k) token ids, for the same tokens as the student's.
+        log_p: (..., k + 1) log-probabilities of these and, last, of all other tokens, at ``temperature``.
+        ce, kl, temperature: as in ``Teaching``.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    ce: float = 0.0
+    kl: float = 1.0
+    temperature: float = 1.0
+
+
+def top_k_of(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens (n, k) of logits (n, V), and the log-probabilities of them and of the rest (n, k + 1)."""
+    log_p = torch.log_softmax(logits / temperature, -1)
+    top = log_p.topk(k, -1)
+    rest = log_p.scatter_(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)  # -inf where k is V
+    return top.indices, torch.cat((top.values, rest), -1)
+
+
+def top_k_by_chunks(
+    hidden: Tensor, weight: Tensor, k: int, temperature: float, softcap: float | None, chunk: int = LOGITS_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """``top_k_of`` of a model's final hidden states (B, T, D): ids (B, T, k) and log-probabilities (B, T, k + 1)."""
+    found = []
+    for part in hidden.flatten(0, 1).split(chunk):
+        logits, _ = _capped((part @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)), softcap)
+        found.append(top_k_of(logits, k, temperature))
+    ids, log_p = (torch.cat(parts).unflatten(0, hidden.shape[:2]) for parts in zip(*found, strict=True))
+    return ids, log_p
 
 
 def chunked_distillation(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    teaching: Teaching,
+    teaching: Teaching | TopTeaching,
     z_loss: float = 0.0,
     chunk: int = LOGITS_CHUNK,
     softcap: float | None = None,
 ) -> Tensor:
-    """``chunked_cross_entropy`` and the divergence KL(teacher | student) over the vocabulary, over the same tokens.
+    """``chunked_cross_entropy`` and the divergence KL(teacher | student), over the same tokens.
+
+    The divergence is over the vocabulary or, with k, over k + 1 outcomes: the teacher's k likeliest tokens, each with
+    the student's probability of it, and all other tokens together.
 
     Neither side's logits are ever held for more than a chunk of tokens.
 
@@ -79,12 +122,22 @@ def chunked_distillation(
         (3,) float32: the summed cross entropy, the summed divergence, and ce * (cross entropy + z-loss) + kl *
         divergence, to be differentiated. The teacher gets no gradient.
     """
+    if isinstance(teaching, TopTeaching):
+        ids, log_p = teaching.ids.flatten(0, -2), teaching.log_p.flatten(0, -2)
+
+        def loss_of_kept(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+            return _top_divergence(logits, ids[at], log_p[at], targets[at], teaching, z_loss)
+
+        return _by_chunks(hidden, weight, chunk, softcap, loss_of_kept)
     dtype = _compute_dtype(hidden)
     theirs, their_weight = teaching.hidden.detach().flatten(0, -2), teaching.weight.detach().to(dtype)
 
     def loss(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         reference = (theirs[at].to(dtype) @ their_weight.T).to(logits.dtype)
         reference, _ = _capped(reference, teaching.softcap)
+        if teaching.top_k:
+            top = top_k_of(reference, teaching.top_k, teaching.temperature)
+            return _top_divergence(logits, *top, targets[at], teaching, z_loss)
         return _divergence(logits, reference, targets[at], teaching, z_loss)
 
     return _by_chunks(hidden, weight, chunk, softcap, loss)
@@ -177,6 +230,27 @@ def _divergence(
     p = log_p.exp()
     divergence = t * t * (log_p.sub_(log_q).mul_(p).sum(-1) * counted).sum()
     slope = log_q.exp_().sub_(p).mul_((teaching.kl * t * counted)[:, None])  # t^2 (q - p) / t
+    entropy, grad = _entropy(logits, target, z_loss)
+    total = teaching.ce * entropy[1] + teaching.kl * divergence
+    return torch.stack((entropy[0], divergence, total)), grad.mul_(teaching.ce).add_(slope)
+
+
+def _top_divergence(
+    logits: Tensor, ids: Tensor, log_p: Tensor, target: Tensor, teaching: Teaching | TopTeaching, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """As ``_divergence``, over the tokens ``ids`` (n, k) and the rest; the teacher has ``log_p`` (n, k + 1)."""
+    counted, t = target != IGNORE, teaching.temperature
+    log_p = log_p.to(logits.dtype).clamp(min=NO_MASS)  # where nothing is left, 0 * log 0 is 0
+    others = logits / t
+    log_z, ours = others.logsumexp(-1, keepdim=True), others.gather(-1, ids)
+    rest = others.scatter_(-1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=NO_MASS)
+    log_q = torch.cat((ours, rest), -1) - log_z
+    p = log_p.exp()
+    divergence = t * t * (((log_p - log_q) * p).sum(-1) * counted).sum()
+    error = log_q.exp() - p
+    # d/dlogits = q - p for a token of its own; the rest's error is shared out by the student's probabilities within it
+    slope = others.sub_(rest).exp_().mul_(error[:, -1:]).scatter_(-1, ids, error[:, :-1])
+    slope.mul_((teaching.kl * t * counted)[:, None])
     entropy, grad = _entropy(logits, target, z_loss)
     total = teaching.ce * entropy[1] + teaching.kl * divergence
     return torch.stack((entropy[0], divergence, total)), grad.mul_(teaching.ce).add_(slope)
