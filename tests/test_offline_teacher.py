@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +164,12 @@ def test_a_killed_teacher_goes_on_where_it_was(place: Path, monkeypatch: pytest.
         assert (place / "killed" / name).read_bytes() == (place / "taught" / name).read_bytes()
 
 
-def test_prepare_writes_them_too(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_writes_them_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the teacher speaks, and given again."""
+    from open_lm_linear.data import teach as module
+
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("once upon a time " * 60)
     save(tmp_path / "teacher", create_model(tiny("softmax", seq_len=32, vocab_size=257)))
@@ -175,6 +183,19 @@ def test_prepare_writes_them_too(place: Path, tmp_path: Path, capsys: pytest.Cap
         workers=1,
         teaching=section,
     )
+    write, written = module.write_members, []
+
+    def once(path: str, members: Any) -> int:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(path, members)
+
+    monkeypatch.setattr(module, "write_members", once)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(cfg)
+    assert not (tmp_path / "out/train/manifest.jsonl").exists()
+    monkeypatch.setattr(module, "write_members", write)
     sequences = prepare(cfg)["train"].sequences
     assert "18 bytes per token" in capsys.readouterr().out
     data = stream.DataConfig((str(tmp_path / "out/train"),), workers=0)
@@ -235,7 +256,7 @@ def test_offline_is_online(seq_len: int, place: Path) -> None:
 
 
 def test_a_run_without_a_teacher_in_memory(place: Path, tmp_path: Path) -> None:
-    """It goes as the run with the teacher goes, for any cut of a batch, and goes on exactly where it was killed."""
+    """It goes as that with the teacher, for any cut of a batch and on two ranks; after a kill it goes on exactly."""
     val = ("--val-data", str(place / "data"))
     online = run(place, tmp_path, "online", *KL, *RESET, "--kl-top-k", "8", *val)
     kept = run(place, tmp_path, "offline", *KL, *RESET, *offline(place), *val)
@@ -249,6 +270,13 @@ def test_a_run_without_a_teacher_in_memory(place: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder)
     run(place, tmp_path, "offline", *KL, *RESET, *offline(place), *val, "--resume", "latest")
     assert all(torch.equal(before[name], after) for name, after in weights(kept).items())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "open_lm_linear.main", "--"]
+    given = words(place, tmp_path, "two", *KL, *RESET, *offline(place), "--accum-freq", "2", "--fsdp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *given], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert worst(weights(tmp_path / "two"), before) < 1e-5
     assert "learns from the top 8 tokens of" in (kept / "out.log").read_text()
     assert "frozen teacher" not in (kept / "out.log").read_text()
     assert "loss_kl" not in rows(kept, "results.jsonl")[-1] and rows(kept, "results.jsonl")[-1]["loss"] > 0

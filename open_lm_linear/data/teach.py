@@ -105,7 +105,9 @@ def _claim(folder: Path, logits: TeacherLogits) -> None:
     path, asked = folder / SETTINGS, dataclasses.asdict(logits)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
     found = json.loads(path.read_text(encoding="utf-8"))
     other = [name for name, value in asked.items() if found.get(name) != value]
     if other:
