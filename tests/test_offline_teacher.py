@@ -183,6 +183,14 @@ def test_prepare_writes_them_too(
         workers=1,
         teaching=section,
     )
+    for wrong, sentence in (
+        (TeacherSection(top_k=4), "need one: give --teacher"),
+        (TeacherSection(str(tmp_path / "teacher"), top_k=258), "--top-k 258 is more than the 257 tokens"),
+        (TeacherSection("nowhere"), "no pretrained model 'nowhere'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            prepare(dataclasses.replace(cfg, teaching=wrong))
+        assert not (tmp_path / "out").exists()
     write, written = module.write_members, []
 
     def once(path: str, members: Any) -> int:

@@ -41,7 +41,7 @@ from open_lm_linear.data.shuffle import (
     shard_ranks,
     token_type,
 )
-from open_lm_linear.data.teacher_logits import SETTINGS, TeacherSection
+from open_lm_linear.data.teacher_logits import SETTINGS, TeacherLogits, TeacherSection
 from open_lm_linear.data.tokenise import (
     SIDES,
     Job,
@@ -169,6 +169,7 @@ def prepare(cfg: PrepareConfig, speed: Speed | None = None) -> dict[str, Split]:
     inputs = find_inputs([*cfg.input, *([HUB + cfg.dataset] if cfg.dataset else [])], reading)
     pieces = plan(inputs)
     job = _job(cfg, reading, sum(map(work_in, inputs)))
+    logits = _logits(cfg, job)
     with Journal(cfg.output, _settings(cfg, inputs, job), cfg.overwrite) as journal:
         if not journal.shards_begun:
             _refuse_existing(cfg)
@@ -192,7 +193,7 @@ def prepare(cfg: PrepareConfig, speed: Speed | None = None) -> dict[str, Split]:
                 journal.begin_shards()
             for split in splits.values():
                 _write(engine, cfg, split, len(pieces) + 1, speed)
-        taught = _taught(cfg, splits["train"], job)
+        taught = _taught(cfg, splits["train"], logits)
         for split in reversed(splits.values()):  # training data last: it is there when all is
             if split.sequences:
                 card = _card(cfg, split, splits["val"], job, inputs) | (taught if split.name == "train" else {})
@@ -306,17 +307,25 @@ def _write(engine: Serial, cfg: PrepareConfig, split: Split, pieces: int, speed:
     split.shards = [Shard(str(shard_path(folder, i)), (ranks[i + 1] - ranks[i]).item()) for i in range(number)]
 
 
-def _taught(cfg: PrepareConfig, split: Split, job: Job) -> dict[str, Any]:
-    """Writes the teacher's logits into the training shards, where one is asked; for the card."""
+def _logits(cfg: PrepareConfig, job: Job) -> TeacherLogits | None:
+    """What a teacher is to write, where one is asked: said before work is done, so that what does not fit is too."""
     if not cfg.teaching.teacher:
-        return {}
+        return None
     from open_lm_linear.data.stream import DataConfig
-    from open_lm_linear.data.teach import teach_shards
+    from open_lm_linear.data.teach import logits_of
 
     reset = cfg.teaching.reset_state_at_document
     data = DataConfig(reset_state_at_document=reset, document_separator=job.eod if reset else None)
-    told = {"vocab_size": job.vocab_size, "tokenizer": cfg.tokenizer}
-    logits, _ = teach_shards(split.shards, cfg.output / split.name, cfg.teaching, data, told)
+    return logits_of(cfg.teaching, data, {"vocab_size": job.vocab_size, "tokenizer": cfg.tokenizer}, str(cfg.output))
+
+
+def _taught(cfg: PrepareConfig, split: Split, logits: TeacherLogits | None) -> dict[str, Any]:
+    """Writes the teacher's logits into the training shards; for their card."""
+    if logits is None:
+        return {}
+    from open_lm_linear.data.teach import teach_shards
+
+    teach_shards(split.shards, cfg.output / split.name, cfg.teaching, logits)
     print(logits.summary())
     return {"teacher": dataclasses.asdict(logits)}
 

@@ -58,31 +58,34 @@ def teach(cfg: TeachConfig) -> TeacherLogits:
         raise UserError("there is nobody to ask: give --teacher PRETRAINED.")
     (manifest,) = stream.manifests_of(data)
     card = read_dataset_card(manifest) or {}
-    logits, shards = teach_shards(stream.shards_of([manifest]), cfg.output, cfg.section, data, card)
+    logits = logits_of(cfg.section, data, card, manifest)
+    shards = teach_shards(stream.shards_of([manifest]), cfg.output, cfg.section, logits)
     write_manifest(cfg.output / MANIFEST, shards, {**card, "teacher": dataclasses.asdict(logits)})
     return logits
 
 
-def teach_shards(
-    shards: list[Shard], folder: Path, section: TeacherSection, data: DataConfig, card: dict[str, Any]
-) -> tuple[TeacherLogits, list[Shard]]:
-    """Writes those shards into ``folder`` that are not there with logits already, and what the words in them mean."""
-    import torch
-    from tqdm import tqdm
-
+def logits_of(section: TeacherSection, data: DataConfig, card: dict[str, Any], where: str) -> TeacherLogits:
+    """What will be written, from the teacher's header alone, which must fit the ``card`` of the data ``where``."""
     from open_lm_linear.data import masks, stream
-    from open_lm_linear.pretrained import load_pretrained, open_source
+    from open_lm_linear.pretrained import open_source
 
     section.check()
     vocab_size = open_source(section.teacher).config.vocab_size
     if section.top_k > vocab_size:
         raise UserError(f"--top-k {section.top_k} is more than the {vocab_size} tokens of {section.teacher}.")
     if card:
-        stream.check_card(card, section.teacher, card.get("seq_len", 0), vocab_size)
-    data = masks.resolved(data, vocab_size)
-    logits = TeacherLogits(
-        section.teacher, section.top_k, section.kl_temperature, vocab_size, data.document_separator, section.dtype
-    )
+        stream.check_card(card, where, card.get("seq_len", 0), vocab_size)
+    separator = masks.resolved(data, vocab_size).document_separator
+    return TeacherLogits(section.teacher, section.top_k, section.kl_temperature, vocab_size, separator, section.dtype)
+
+
+def teach_shards(shards: list[Shard], folder: Path, section: TeacherSection, logits: TeacherLogits) -> list[Shard]:
+    """Writes those shards into ``folder`` that are not there with logits already; returns all of them as they lie."""
+    import torch
+    from tqdm import tqdm
+
+    from open_lm_linear.pretrained import load_pretrained
+
     targets = [Shard(str(folder / os.path.basename(shard.path)), shard.num_sequences) for shard in shards]
     if len({shard.path for shard in targets}) < len(shards):
         raise UserError("two shards of the data have one name, and would lie in one folder: rename them.")
@@ -96,8 +99,8 @@ def teach_shards(
         if _is_done(target.path, source, logits):
             continue
         teacher = teacher or load_pretrained(section.teacher, dtype=getattr(torch, section.dtype), device=device)
-        write_members(target.path, _members(source, teacher, logits, data, section.batch_size))
-    return logits, targets
+        write_members(target.path, _members(source, teacher, logits, section.batch_size))
+    return targets
 
 
 def _claim(folder: Path, logits: TeacherLogits) -> None:
@@ -128,16 +131,17 @@ def _is_done(path: str, source: ShardIndex, logits: TeacherLogits) -> bool:
 
 
 def _members(
-    source: ShardIndex, teacher: Transformer, logits: TeacherLogits, data: DataConfig, batch_size: int
+    source: ShardIndex, teacher: Transformer, logits: TeacherLogits, batch_size: int
 ) -> Iterator[tuple[str, bytes]]:
     """The files of a shard: those of the source, and beside each sample what the teacher says of it."""
     import torch
 
-    from open_lm_linear.data import masks
+    from open_lm_linear.data import masks, stream
     from open_lm_linear.data.samples import encode_npy
     from open_lm_linear.ops.losses import top_k_by_chunks
 
-    device = teacher.head_weight().device
+    separator, device = logits.document_separator, teacher.head_weight().device
+    data = stream.DataConfig(reset_state_at_document=separator is not None, document_separator=separator)
     for begin in range(0, len(source), batch_size):
         samples = range(begin, min(begin + batch_size, len(source)))
         rows = [source.read(i) for i in samples]

@@ -46,6 +46,8 @@ class TeacherSection:
 
     def check(self) -> None:
         """Refuses what means nothing."""
+        if not self.teacher and self != TeacherSection():
+            raise UserError("--top-k and what else says how a teacher is asked need one: give --teacher PRETRAINED.")
         for name in ("top_k", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
