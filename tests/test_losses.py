@@ -9,6 +9,7 @@ from conftest import relative, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_lm_linear.model import create_model
+from open_lm_linear.ops import losses
 from open_lm_linear.ops.losses import (
     IGNORE,
     Teaching,
@@ -18,6 +19,12 @@ from open_lm_linear.ops.losses import (
 )
 
 TOKENS, DIM, VOCAB = 50, 16, 37
+
+
+@pytest.fixture(autouse=True)
+def few_rows_at_a_time(monkeypatch):
+    """As with a large vocabulary: a chunk of these sizes is reduced in several goes."""
+    monkeypatch.setattr(losses, "CACHED", 4 * VOCAB)
 
 
 def batch(dtype=torch.float64, ignored=0.3):
@@ -327,6 +334,22 @@ def test_no_logits_of_all_tokens_are_ever_made():
     with Shapes() as shapes:
         chunked_distillation(hidden, weight, torch.arange(tokens) % vocab, taught, chunk=20)[2].backward()
     assert shapes.largest == 20 * vocab
+
+
+def test_float32_logits_are_of_a_few_rows_alone():
+    hidden, weight = torch.randn(40, 4, requires_grad=True), torch.randn(VOCAB, 4, requires_grad=True)
+    wide = []
+
+    class Wide(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.shape[-1:] == (VOCAB,):
+                wide.append(out.shape[0])
+            return out
+
+    with Wide(), torch.autocast("cpu", torch.bfloat16):
+        chunked_cross_entropy(hidden, weight, torch.arange(40) % VOCAB, chunk=20)[1].backward()
+    assert max(wide) == 4
 
 
 def test_distillation_in_bfloat16():

@@ -14,6 +14,7 @@ Tensor = torch.Tensor
 
 IGNORE = -100
 LOGITS_CHUNK = 1024
+CACHED = 1 << 20  # logits that a CPU reduces at a time: 4 MiB of float32 stay in its cache from pass to pass
 NO_MASS = -1e4  # the log of a probability that is 0 in every precision
 
 
@@ -40,7 +41,11 @@ def chunked_cross_entropy(
     Returns:
         (2,) float32: the cross entropy alone, for the log, and the total with z-loss, to be differentiated.
     """
-    return _by_chunks(hidden, weight, chunk, softcap, lambda logits, at: _entropy(logits, targets[at], z_loss))
+
+    def loss_of(chunk: slice) -> RowsLoss:
+        return lambda logits, rows: _entropy(logits, targets[chunk][rows], z_loss)
+
+    return _by_chunks(hidden, weight, chunk, softcap, loss_of)
 
 
 @dataclass(frozen=True)
@@ -125,32 +130,39 @@ def chunked_distillation(
     if isinstance(teaching, TopTeaching):
         ids, log_p = teaching.ids.flatten(0, -2), teaching.log_p.flatten(0, -2)
 
-        def loss_of_kept(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-            return _top_divergence(logits, ids[at], log_p[at], targets[at], teaching, z_loss)
+        def loss_of_kept(chunk: slice) -> RowsLoss:
+            of = ids[chunk], log_p[chunk], targets[chunk]
+            return lambda logits, rows: _top_divergence(logits, of[0][rows], of[1][rows], of[2][rows], teaching, z_loss)
 
         return _by_chunks(hidden, weight, chunk, softcap, loss_of_kept)
     dtype = _compute_dtype(hidden)
     theirs, their_weight = teaching.hidden.detach().flatten(0, -2), teaching.weight.detach().to(dtype)
 
-    def loss(logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-        reference = (theirs[at].to(dtype) @ their_weight.T).to(logits.dtype)
-        reference, _ = _capped(reference, teaching.softcap)
-        if teaching.top_k:
-            top = top_k_of(reference, teaching.top_k, teaching.temperature)
-            return _top_divergence(logits, *top, targets[at], teaching, z_loss)
-        return _divergence(logits, reference, targets[at], teaching, z_loss)
+    def loss_of(chunk: slice) -> RowsLoss:
+        reference, target = theirs[chunk].to(dtype) @ their_weight.T, targets[chunk]
 
-    return _by_chunks(hidden, weight, chunk, softcap, loss)
+        def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            wide, _ = _capped(reference[rows].to(logits.dtype), teaching.softcap)
+            if teaching.top_k:
+                top = top_k_of(wide, teaching.top_k, teaching.temperature)
+                return _top_divergence(logits, *top, target[rows], teaching, z_loss)
+            return _divergence(logits, wide, target[rows], teaching, z_loss)
+
+        return loss
+
+    return _by_chunks(hidden, weight, chunk, softcap, loss_of)
 
 
-# Of a chunk's logits (n, V), which it may overwrite, and its place among the tokens: sums (K,) and the gradient (n, V)
-# of the last of them.
-ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+# Of logits (n, V), which it may overwrite, and their rows within the chunk: sums (K,) and the gradient (n, V) of the
+# last of them.
+RowsLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
-def _by_chunks(hidden: Tensor, weight: Tensor, chunk: int, softcap: float | None, loss: ChunkLoss) -> Tensor:
+def _by_chunks(
+    hidden: Tensor, weight: Tensor, chunk: int, softcap: float | None, loss_of: Callable[[slice], RowsLoss]
+) -> Tensor:
     need = torch.is_grad_enabled() and (hidden.requires_grad, weight.requires_grad)
-    return _ByChunks.apply(hidden, weight, chunk, softcap, loss, _compute_dtype(hidden), need or (False, False))
+    return _ByChunks.apply(hidden, weight, chunk, softcap, loss_of, _compute_dtype(hidden), need or (False, False))
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -162,26 +174,23 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 class _ByChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, chunk, softcap, loss, dtype, need):  # type: ignore[override]
-        wide = torch.promote_types(dtype, torch.float32)
+    def forward(ctx: Any, hidden, weight, chunk, softcap, loss_of, dtype, need):  # type: ignore[override]
         dhidden = torch.empty_like(hidden, dtype=dtype) if need[0] else None
-        dweight = torch.zeros_like(weight, dtype=wide) if need[1] else None
+        dweight: Any = None
         total: Any = 0.0
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
             for begin in range(0, max(1, hidden.shape[0]), chunk):
                 span = slice(begin, begin + chunk)
                 h = hidden[span].to(dtype)
-                logits, slope = _capped((h @ w.T).to(wide), softcap)
-                sums, grad = loss(logits, span)
-                total = total + sums
-                if not any(need):
-                    continue
-                grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
+                logits = h @ w.T
+                total = total + _reduce(logits, softcap, loss_of(span), gradient=any(need))
                 if dhidden is not None:
-                    dhidden[span] = grad @ w
-                if dweight is not None:
-                    dweight += grad.T @ h
+                    dhidden[span] = logits @ w
+                if need[1]:
+                    more = logits.T @ h
+                    wide = torch.promote_types(dtype, torch.float32)
+                    dweight = more.to(wide) if dweight is None else dweight.add_(more)
         ctx.save_for_backward(*(g if g is not None else torch.empty(0) for g in (dhidden, dweight)))
         ctx.dtypes, ctx.need = (hidden.dtype, weight.dtype), need
         return total
@@ -193,6 +202,21 @@ class _ByChunks(torch.autograd.Function):
         for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True):
             grads.append((saved * grad[-1].to(saved.dtype)).to(dtype) if need else None)
         return *grads, *[None] * 5
+
+
+def _reduce(logits: Tensor, softcap: float | None, loss: RowsLoss, gradient: bool) -> Tensor:
+    """The sums (K,) of a chunk's loss, in float32; ``logits`` (n, V) become the gradient by them, if it is wanted."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    step = max(1, CACHED // logits.shape[1] if logits.device.type == "cpu" else len(logits))
+    total: Any = 0.0
+    for begin in range(0, max(1, len(logits)), step):
+        rows = slice(begin, begin + step)
+        capped, slope = _capped(logits[rows].to(wide), softcap)
+        sums, grad = loss(capped, rows)
+        total = total + sums
+        if gradient:
+            logits[rows] = grad if slope is None else grad.mul_(slope)
+    return total
 
 
 def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
