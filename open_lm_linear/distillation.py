@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from open_lm_linear import attention, gauges, parallel, pretrained
 from open_lm_linear.cli import UserError
@@ -244,7 +245,8 @@ class Alignment(Objective):
         for name, variances, output in zip(LAYERWISE, self.variances, (1, 2), strict=True):
             if name in self.weights:
                 pairs = [(y[output].float(), a[output].float()) for y, a in zip(ours, theirs, strict=True)]
-                errors.append(torch.stack([(y - a).square().mean(-1).sum() for y, a in pairs]) / variances)
+                squares = torch.stack([F.mse_loss(y, a, reduction="sum") for y, a in pairs])
+                errors.append(squares / (variances * pairs[0][0].shape[-1]))
                 total = total + self.weights[name] * errors[-1].mean()
         return torch.cat((*errors, total[None]))
 
