@@ -7,6 +7,7 @@ Torch is imported inside the functions, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -204,13 +205,44 @@ def prefill(
     """
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), _products_of_one_row(model, input_ids):
         for begin in range(0, input_ids.shape[1], chunk):
             span = slice(begin, begin + chunk)
             mask = None if attention_mask is None else attention_mask[:, span]
             hidden, past = model.hidden(input_ids[:, span], past=past, attention_mask=mask)
         assert past is not None
         return model.logits(hidden[:, -1]), past
+
+
+def lay_out(model: Transformer) -> Transformer:
+    """``model``, its matrices in the memory order in which this device multiplies them by one row fastest, in place.
+
+    On a CPU in float32 that is by columns where there are as many outputs as inputs: twice as fast. Shapes, values and
+    names stay; safetensors takes such weights only after ``contiguous()``.
+    """
+    import torch
+
+    for linear in model.modules():
+        if isinstance(linear, torch.nn.Linear) and linear.out_features >= linear.in_features:
+            weight = linear.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                weight.data = weight.data.T.contiguous().T
+    return model
+
+
+@contextlib.contextmanager
+def _products_of_one_row(model: Transformer, input_ids: torch.Tensor) -> Iterator[None]:
+    """torch's own product of a bfloat16 matrix and one row reads a CPU's memory twice as fast as oneDNN's."""
+    import torch
+
+    onednn: Any = torch.backends.mkldnn
+    weight, before = model.head_weight(), onednn.enabled
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and input_ids.numel() == 1:
+        onednn.enabled = False
+    try:
+        yield
+    finally:
+        onednn.enabled = before
 
 
 def next_token(
@@ -378,7 +410,8 @@ def run(args: Args) -> None:
     ids = encode(tokenizer, text, chat=args.chat).to(device)
     model = pretrained.load_pretrained(
         args.checkpoint, attn_name=args.attn_name, model=args.model, dtype=getattr(torch, dtype), device=device
-    ).eval()
+    )
+    model = lay_out(model).eval()
     stats = Stats()
     tokens = stream(
         model,

@@ -213,3 +213,37 @@ def test_the_command_streams_text_and_says_what_it_took(monkeypatch, capsys) -> 
         generation.run(generation.Args("somewhere", "hello", chat=True, device="cpu"))
     with pytest.raises(UserError, match="--input-text"):
         generation.run(generation.Args("somewhere", ""))
+
+
+@pytest.mark.parametrize("attn_name", ATTENTIONS)
+def test_the_layout_of_the_weights_changes_nothing_but_their_order(attn_name: str) -> None:
+    model, ids = tiny(attn_name), prompt()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logits, _ = prefill(model, ids)
+    expected = generate(model, ids, max_new_tokens=6)
+    assert generation.lay_out(model) is model
+    assert [
+        p.stride(0) for p in (model.layers[0].attention.in_proj.weight, model.layers[0].feed_forward.w3.weight)
+    ] == [1, 48]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (prefill(model, ids)[0] - logits).norm() < 1e-5 * logits.norm()
+    assert torch.equal(generate(model, ids, max_new_tokens=6), expected)
+
+
+def test_one_row_of_bfloat16_takes_torchs_own_product_and_gives_onednn_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("linear").bfloat16(), prompt(1, 3)
+    onednn, seen, hidden = torch.backends.mkldnn, [], model.hidden
+    before = onednn.enabled
+
+    def watched(*args, **kwargs):
+        seen.append(onednn.enabled)
+        if kwargs.get("past") == "broken":
+            raise RuntimeError
+        return hidden(*args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden", watched)
+    _, past = prefill(model, ids)
+    prefill(model, ids[:, :1], past=past)
+    with pytest.raises(RuntimeError):
+        prefill(model, ids[:, :1], past="broken")  # type: ignore[arg-type]
+    assert seen == [before, False, False] and onednn.enabled == before
