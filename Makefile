@@ -32,8 +32,9 @@ lint: $(READY)  ## Check style and format
 types: $(READY)  ## Check types
 	$(BIN)/mypy
 
-bench: $(READY)  ## Time the chunked attention against softmax and the masked quadratic form
+bench: $(READY)  ## Time the chunked attention and a whole model against what they replace
 	$(BIN)/python eval/bench_linear_attention.py
+	$(BIN)/python eval/bench_model.py --json .cache/bench_model.json
 
 clean:  ## Remove the virtual environment and what the demo made
 	rm -rf $(VENV) .cache logs
