@@ -259,21 +259,22 @@ def by_definition(hidden, weight, targets, teaching, z_loss=0.0, softcap=None):
         ({"ce": 1.0, "kl": 0.5, "temperature": 0.5, "softcap": 2.0}, 0.7),
     ],
 )
-def test_distillation_is_its_definition(fields, softcap, dtype, bound, chunk):
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_distillation_is_its_definition(z_loss, fields, softcap, dtype, bound, chunk):
     hidden, weight, targets = batch()
     taught = teacher(**fields)
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    expected = by_definition(*leaves, targets, taught, 0.1, softcap)
+    expected = by_definition(*leaves, targets, taught, z_loss, softcap)
     exact = torch.autograd.grad(3.0 * expected[2], leaves)
     twins = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
     narrow = Teaching(taught.hidden.to(dtype), taught.weight.to(dtype).requires_grad_(), **fields)
-    found = chunked_distillation(*twins, targets, narrow, 0.1, chunk, softcap)
+    found = chunked_distillation(*twins, targets, narrow, z_loss, chunk, softcap)
     assert found.dtype == dtype and relative(found, expected) < bound
     for one, other in zip(torch.autograd.grad(3.0 * found[2], twins), exact, strict=True):
         assert one.dtype == dtype and relative(one, other) < bound
     assert found[1] > 0 and narrow.weight.grad is None
     with torch.no_grad():
-        assert torch.equal(chunked_distillation(*twins, targets, narrow, 0.1, chunk, softcap), found)
+        assert torch.equal(chunked_distillation(*twins, targets, narrow, z_loss, chunk, softcap), found)
 
 
 def test_distillation_passes_gradcheck():

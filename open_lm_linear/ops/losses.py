@@ -249,10 +249,16 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     """(cross entropy, divergence, weighted total) summed, and the total's gradient, in place of the logits."""
     counted, t = target != IGNORE, teaching.temperature
-    log_q = torch.log_softmax(logits / t, -1)
-    log_p = torch.log_softmax(theirs.div_(t), -1)
+    log_q = torch.log_softmax(logits if t == 1 else logits / t, -1)
+    log_p = torch.log_softmax(theirs if t == 1 else theirs.div_(t), -1)
     p = log_p.exp()
     divergence = t * t * (log_p.sub_(log_q).mul_(p).sum(-1) * counted).sum()
+    if t == 1 and not z_loss:  # then one softmax serves both
+        at, ce, kl = target.clamp(min=0)[:, None], teaching.ce, teaching.kl
+        nats = -(log_q.gather(-1, at)[:, 0] * counted).sum()
+        grad = log_q.exp_().mul_(ce + kl).sub_(p, alpha=kl).mul_(counted[:, None])
+        grad.scatter_add_(-1, at, -ce * counted.to(grad.dtype)[:, None])
+        return torch.stack((nats, divergence, ce * nats + kl * divergence)), grad
     slope = log_q.exp_().sub_(p).mul_((teaching.kl * t * counted)[:, None])  # t^2 (q - p) / t
     entropy, grad = _entropy(logits, target, z_loss)
     total = teaching.ce * entropy[1] + teaching.kl * divergence
