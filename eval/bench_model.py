@@ -278,19 +278,28 @@ def on_cpu(bench: Bench) -> list[Row]:
     for dtype in bench.dtypes:
         model, ours = small_model(bench, dtype), lay_out(small_model(bench, dtype).eval())
         ids = torch.randint(bench.vocab_size, (1, bench.tokens + 1), generator=torch.Generator().manual_seed(0))
-        size = f"{dtype}, {bench.tokens} tokens"
-        times = timed(prefill_calls(ours, model, ids[:, 1:]), bench.runs, 1)
-        new = rows(f"prefill, {size}", times, bench.tokens)
+        batch = ids.expand(bench.batch, -1)
         calls, weights = decode_calls(ours, model, ids[:, :65])
-        times = timed(calls, bench.decoded, 3)
-        share = statistics.median(times["floor"]) / statistics.median(times["ours"])
-        note = f"{share:.0%} of the floor, {weights / 1e6:.0f} MB a token"
-        new += rows(f"decode, {dtype}", times, 1, note)
-        batch = torch.randint(bench.vocab_size, (bench.batch, bench.tokens + 1))
-        times = timed(training_calls(model, batch), bench.runs, 1)
-        new += rows(f"forward + backward, {size} x {bench.batch}", times, bench.batch * bench.tokens)
-        show(new)
-        found += new
+        jobs = {
+            f"prefill of {bench.tokens}": (prefill_calls(ours, model, ids[:, 1:]), bench.runs, 1, bench.tokens),
+            "decode": (calls, bench.decoded, 3, 1),
+            f"forward + backward, {bench.tokens} x {bench.batch}": (
+                *(training_calls(model, batch), bench.runs, 1),
+                batch[:, 1:].numel(),
+            ),
+        }
+        for what, (calls, runs, warmup, tokens) in jobs.items():
+            new = rows(f"{what}, {dtype}", timed(calls, runs, warmup), tokens)
+            notes = []
+            if what == "decode":
+                share = new[-1].milliseconds / new[0].milliseconds
+                notes.append(f"{share:.0%} of the floor, {weights / 1e6:.0f} MB a token")
+            wide = [row for row in found if row.what == f"{what}, float32"]
+            if wide:
+                notes.append(f"{wide[1].milliseconds / new[0].milliseconds:.2f} x float32's {wide[1].side}")
+            new[0] = dataclasses.replace(new[0], note="; ".join(notes))
+            show(new)
+            found += new
     return found
 
 
