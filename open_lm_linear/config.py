@@ -53,6 +53,10 @@ class RunConfig:
     """Sequences per optimiser step, over all ranks."""
     accum_freq: int = 1
     """Pieces in which a rank works through its share of a global batch; the update does not depend on it."""
+    init_tokens: int = 0
+    """Before the first step, choose for every swapped head the decay, scale of the feature map and the like with which
+    its output is most like that of the teacher's head, on this many tokens of training data. 0: not, as in the
+    paper."""
     fit_tokens: int = 0
     """Before the first step, fit the swapped layers' output projections to the teacher's attention output, in closed
     form, on this many tokens of training data. 0: not, as in the paper."""
@@ -145,7 +149,7 @@ def stages_from_cli(argv: Sequence[str] | None = None) -> list[Config]:
         model, objective = cfg.model, cfg.objective
         if found:  # what the first stage swapped in stays
             model = dataclasses.replace(model, pretrained=str(found[-1].folder), model="", attn={})
-            run = dataclasses.replace(run, fit_tokens=0)
+            run = dataclasses.replace(run, init_tokens=0, fit_tokens=0)
             objective = objective.taught_by(cfg.model.pretrained)
         found.append(dataclasses.replace(cfg, run=run, model=model, objective=objective))
     return found
@@ -184,7 +188,7 @@ def check(cfg: Config) -> None:
     for name in ("epochs", "global_batch_size", "accum_freq", "log_every_n_steps", "val_frequency"):
         if getattr(cfg.run, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg.run, name)}.")
-    for name in ("fit_tokens", "first_sample"):
+    for name in ("init_tokens", "fit_tokens", "first_sample"):
         if getattr(cfg.run, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(cfg.run, name)}.")
     cfg.evaluation.check()

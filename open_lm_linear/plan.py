@@ -62,8 +62,9 @@ class Plan:
         stream.check_passes(cfg.data, cfg.run.first_sample + steps * batch)
         cfg.optim.check(steps, per_epoch)
         cfg.measure.check(steps)
-        if cfg.run.fit_tokens and not (source is not None and pretrained.is_swap(model, source)):
-            raise UserError("--fit-tokens fits a swapped attention to its teacher: give --pretrained and --attn-name.")
+        for flag, tokens in (("--init-tokens", cfg.run.init_tokens), ("--fit-tokens", cfg.run.fit_tokens)):
+            if tokens and not (source is not None and pretrained.is_swap(model, source)):
+                raise UserError(f"{flag} fits a swapped attention to its teacher: give --pretrained and --attn-name.")
         sizes = {n: p.numel() for n, p in model.named_parameters()}
         swapped = source is not None and pretrained.is_swap(model, source)
         new = tuple(sorted(model.new_keys() if swapped else source.untrained if source else ()))

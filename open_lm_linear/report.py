@@ -38,6 +38,7 @@ SETTINGS = (
     *("pretrained", "attn_name", "feature_map", "feature_map_init", "feature_dim", "use_decay", "use_retnet_slopes"),
     *(
         "decay_start",
+        "init_tokens",
         "fit_tokens",
         "train_params",
         "optimizer",

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from open_lm_linear import checkpoint, faults, gauges, optim, parallel, pretrained, run_folder
 from open_lm_linear.averaging import Averagers
 from open_lm_linear.checkpoint import TrainState
+from open_lm_linear.cli import UserError
 from open_lm_linear.config import Config
 from open_lm_linear.data import masks, stream
 from open_lm_linear.distillation import Objective, objective_of
 from open_lm_linear.evaluation.during_training import Evaluator
-from open_lm_linear.fit import fit_output_projections
+from open_lm_linear.fit import choose_heads, fit_output_projections
 from open_lm_linear.metrics import Logger, Window, human_time, log_line, memory_bytes
 from open_lm_linear.model import Transformer
 from open_lm_linear.objectives import LAYERWISE
@@ -83,7 +84,7 @@ def train(cfg: Config) -> Path | None:
         objective.begin(lambda: next(_batches(objective, cfg.run.first_sample, seq_len, model.config.vocab_size)))
         if state.step == 0:
             validate(model, objective, log, state, micro, seq_len)
-            if source is not None and cfg.run.fit_tokens:
+            if source is not None and (cfg.run.init_tokens or cfg.run.fit_tokens):
                 _fit(model, source, cfg, ctx, log, seq_len)
                 validate(model, objective, log, state, micro, seq_len, fitted=True)
 
@@ -247,29 +248,47 @@ def _rehearse(model: Transformer, objective: Objective, micro: int, seq_len: int
 
 
 def _fit(model: Transformer, source: pretrained.Source, cfg: Config, ctx: Context, log: Logger, seq_len: int) -> None:
-    """Fits the output projections to the teacher's attention, on the first samples of the training data."""
+    """Fits the swapped attentions to the teacher's, on the first samples of the training data."""
     with torch.device("meta"):
         teacher = Transformer(source.config).to(ctx.param_dtype)
     teacher = pretrained.materialise(teacher, source, cfg.parallel, ctx)
     batch = 4 * ctx.world_size
-    batches = stream.global_batches(
-        cfg.data,
-        seed=cfg.run.seed,
-        samples_seen=0,
-        global_batch_size=batch,
-        rank=ctx.rank,
-        world_size=ctx.world_size,
-        seq_len=seq_len,
-        vocab_size=model.config.vocab_size,
-    )
-    count = -(-cfg.run.fit_tokens // (batch * seq_len))
-    began = time.perf_counter()
-    explained = fit_output_projections(model, teacher, [next(batches)[:, :-1] for _ in range(count)], ctx)
-    log.say(
-        f"fitted {len(explained)} output projections on {count * batch * seq_len:,} tokens in "
-        f"{human_time(time.perf_counter() - began)}: the new attention explains {min(explained):.0%} to "
-        f"{max(explained):.0%} of the teacher's attention output, {sum(explained) / len(explained):.0%} on average"
-    )
+
+    def batches(tokens: int) -> list[Tensor]:
+        found = stream.global_batches(
+            cfg.data,
+            seed=cfg.run.seed,
+            samples_seen=0,
+            global_batch_size=batch,
+            rank=ctx.rank,
+            world_size=ctx.world_size,
+            seq_len=seq_len,
+            vocab_size=model.config.vocab_size,
+        )
+        return [next(found)[:, :-1] for _ in range(-(-tokens // (batch * seq_len)))]
+
+    def spent(began: float, batches: list[Tensor]) -> str:
+        return f"{len(batches) * batch * seq_len:,} tokens in {human_time(time.perf_counter() - began)}"
+
+    if cfg.run.init_tokens:
+        began, taken = time.perf_counter(), batches(cfg.run.init_tokens)
+        likeness = torch.tensor(choose_heads(model, teacher, taken, ctx)).reshape(-1, 2).T
+        if not likeness.numel():
+            raise UserError(
+                f"--init-tokens: the heads of {model.config.attn_name} have nothing to choose; leave it out."
+            )
+        log.say(
+            f"chose the start of the heads of {likeness.shape[1]} layers on {spent(began, taken)}: up to a factor they "
+            f"explain {likeness[1].mean():.0%} of what the teacher's heads give, {likeness[0].mean():.0%} before"
+        )
+    if cfg.run.fit_tokens:
+        began, taken = time.perf_counter(), batches(cfg.run.fit_tokens)
+        explained = fit_output_projections(model, teacher, taken, ctx)
+        log.say(
+            f"fitted {len(explained)} output projections on {spent(began, taken)}: the new attention explains "
+            f"{min(explained):.0%} to {max(explained):.0%} of the teacher's attention output, "
+            f"{sum(explained) / len(explained):.0%} on average"
+        )
 
 
 def _report(

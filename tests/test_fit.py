@@ -16,7 +16,7 @@ import open_lm_linear as oll
 from open_lm_linear.checkpoint import latest, open_part
 from open_lm_linear.cli import UserError
 from open_lm_linear.config import from_cli
-from open_lm_linear.fit import fit_output_projections
+from open_lm_linear.fit import choose_heads, fit_output_projections
 from open_lm_linear.model import Transformer, create_model
 from open_lm_linear.parallel import ParallelConfig, setup
 from open_lm_linear.train import train
@@ -145,3 +145,53 @@ def test_there_must_be_a_teacher(tmp_path: Path, base: Path) -> None:
         train(from_cli(argv))
     with pytest.raises(UserError, match="--fit-tokens must be 0 or more"):
         from_cli(words(tmp_path, base, "none", "--fit-tokens", "-1"))
+
+
+def head_outputs(model: Transformer, layer: int, x: torch.Tensor) -> torch.Tensor:
+    """(B, T, H, V), before the output projection."""
+    caught: list[torch.Tensor] = []
+    attention = model.layers[layer].attention
+    with attention.out_proj.register_forward_pre_hook(lambda _, args: caught.append(args[0])), torch.no_grad():
+        attention(x, torch.arange(x.shape[1])[None])
+    return caught[0].unflatten(-1, (attention.arch.n_heads, -1))
+
+
+def likeness(y: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """(H,) squared cosines."""
+    y, a = (z.movedim(2, 0).flatten(1).double() for z in (y, a))
+    return (y * a).sum(1).clamp(min=0).square() / (y.square().sum(1) * a.square().sum(1))
+
+
+@pytest.mark.parametrize("name", ["hedgehog_decay", "gated_linear", "gated_delta", "lolcats"])
+def test_heads_take_the_start_that_is_most_like_the_teacher(name: str) -> None:
+    teacher = create_model(tiny("softmax", n_heads_kv=2)).eval()
+    student = create_model(tiny(name, n_heads_kv=2)).eval()
+    student.load_state_dict(student.state_dict() | teacher.state_dict())
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    ids = torch.randint(61, (6, 32))
+    x = teacher.layers[0].attention_norm(teacher.tok_embeddings(ids)).detach()
+    target, start = head_outputs(teacher, 0, x), head_outputs(student, 0, x)
+    with setup(ParallelConfig(device="cpu", precision="fp32")) as ctx:
+        found = choose_heads(student, teacher, list(ids.split(2)), ctx)
+    assert len(found) == 2 and all(after > earlier for earlier, after in found)
+    reached = likeness(head_outputs(student, 0, x), target)
+    assert found[0] == pytest.approx((likeness(start, target).mean().item(), reached.mean().item()), rel=1e-4)
+    # Nothing else that the last choice offers is better for any group of heads.
+    attention = student.layers[0].attention
+    choice = attention.choices()[-1] if name != "hedgehog_decay" else attention.choices()[0]
+    kept = attention.get_parameter(choice.name).detach().clone()
+    if name != "hedgehog_decay":  # the last one chosen is at its best; earlier ones were at their time
+        for value in (v for v in choice.values if not name == "lolcats"):
+            with torch.no_grad():
+                attention.get_parameter(choice.name).copy_(value)
+            groups = likeness(head_outputs(student, 0, x), target).unflatten(0, (choice.heads, -1)).mean(-1)
+            assert (groups <= reached.unflatten(0, (choice.heads, -1)).mean(-1) + 1e-6).all()
+    with torch.no_grad():
+        attention.get_parameter(choice.name).copy_(kept)
+    # Each head's output is as long as its likeness to the teacher's allows.
+    y = head_outputs(student, 0, x).movedim(2, 0).flatten(1)
+    factor = ((y * target.movedim(2, 0).flatten(1)).sum(1) / y.square().sum(1)).clamp(min=0.1)
+    wide = factor.repeat_interleave(attention.arch.v_dim)
+    assert relative(attention.out_proj.weight, before["layers.0.attention.out_proj.weight"] * wide) < 1e-5
+    changed = {k.split(".", 3)[3] for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed <= {"out_proj.weight"} | {choice.name for choice in attention.choices()}

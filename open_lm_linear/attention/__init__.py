@@ -32,6 +32,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # Softmax of the features and of their negatives, a map a head for queries and one for keys (arXiv 2402.04347).
     "hedgehog": ("linear", _HEDGEHOG),
+    # Hedgehog with a trained decay a head and an output gate: what --init-tokens begins and --loss align trains best.
+    "hedgehog_decay": ("linear", {**_HEDGEHOG, "use_decay": True, "learn_decay": True, "output_gate": True}),
     # Hedgehog beside a softmax window (arXiv 2410.10254).
     "lolcats": ("linear_window", {**_HEDGEHOG, "window": 64}),
     # No map, RetNet's decays, an output gate (arXiv 2307.08621; its gate is swish, which would not begin at 1).

@@ -43,6 +43,18 @@ class State(ABC):
         return cls(**tensors)
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A parameter of which every head may take its rows from one of several values."""
+
+    name: str
+    """Of the parameter, within the layer; its first dimension is cut into the rows of ``heads`` heads."""
+    heads: int
+    """H, or Hkv where query heads share it."""
+    values: list[Tensor]
+    """Each of the parameter's shape."""
+
+
 class Attention(nn.Module, ABC):
     """One attention layer: (B, T, hidden_dim) -> (B, T, hidden_dim), causal.
 
@@ -121,6 +133,10 @@ class Attention(nn.Module, ABC):
     def dropped_keys(self) -> set[str]:
         """Parameters of the softmax layer that this one has no place for."""
         return set()
+
+    def choices(self) -> list[Choice]:
+        """What may be chosen head by head before training, so that a swapped head gives what the teacher's gives."""
+        return []
 
     def init_weights(self) -> None:
         """Initialises every parameter of the layer as OpenLM does: truncated normal of std 1/sqrt(hidden_dim).
@@ -203,4 +219,4 @@ def truncated_normal(weight: Tensor, std: float) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
-__all__ = ["Attention", "Rotary", "State", "Tensor", "build_norm", "norm_over_heads", "truncated_normal"]
+__all__ = ["Attention", "Choice", "Rotary", "State", "Tensor", "build_norm", "norm_over_heads", "truncated_normal"]

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from open_lm_linear.architecture import ModelConfig
-from open_lm_linear.attention.base import Tensor
+from open_lm_linear.attention.base import Choice, Tensor
 from open_lm_linear.attention.gated_linear import GatedAttention
+from open_lm_linear.attention.linear import SLOPE_CHOICES
 from open_lm_linear.ops.gated_delta import gated_delta_rule
 from open_lm_linear.ops.gated_linear import widened
 
@@ -80,6 +81,12 @@ class GatedDeltaNet(GatedAttention):
         self.features = arch.qk_dim
         self._totrain_decay = ScalarDecay(arch.hidden_dim, arch.kv_heads)
         self._totrain_write = WriteGate(arch.hidden_dim, arch.kv_heads)
+
+    def choices(self) -> list[Choice]:
+        """The decays' bias: those of a head do not depend on x to begin with."""
+        heads = self.arch.kv_heads
+        biases = [math.log(math.expm1(slope)) for slope in SLOPE_CHOICES]  # whose softplus the slopes are
+        return [Choice("_totrain_decay.dt_bias", heads, [torch.full((heads,), bias) for bias in biases])]
 
     def _recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, first: Tensor | None, S: Tensor | None

@@ -10,17 +10,19 @@ unless said otherwise. All alphas begin near 1 and do not depend on x.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from open_lm_linear.architecture import ModelConfig
-from open_lm_linear.attention.base import Attention, State, Tensor, truncated_normal
-from open_lm_linear.attention.linear import GROUP_NORM_EPS, Gate, LinearState
+from open_lm_linear.attention.base import Attention, Choice, State, Tensor, truncated_normal
+from open_lm_linear.attention.linear import GROUP_NORM_EPS, SLOPE_CHOICES, Gate, LinearState
 from open_lm_linear.cli import UserError
 from open_lm_linear.feature_maps import Activation, FeatureMap, width
 from open_lm_linear.ops.gated_linear import gated_linear_attention, widened
@@ -153,6 +155,15 @@ class GatedLinearAttention(GatedAttention):
         kinds: Any = {"layout": "none", "activation": c.feature_activation, "init": "identity"}
         self.feature_map = FeatureMap(arch.n_heads, arch.qk_dim, arch.qk_dim, **kinds)
         self._totrain_forget = ForgetGate(arch.hidden_dim, arch.kv_heads, self.features, c.gate_rank)
+
+    def choices(self) -> list[Choice]:
+        """The gates' bias: decays that do not depend on x to begin with, all features of a head alike."""
+        heads, gate = self.arch.kv_heads, self._totrain_forget
+        # logsigmoid(c) / 16 = -slope
+        biases = [-math.log(math.expm1(GATE_ROOT * slope)) for slope in SLOPE_CHOICES]
+        return [
+            Choice("_totrain_forget.up.bias", heads, [torch.full((gate.up.out_features,), bias) for bias in biases])
+        ]
 
     def _recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, first: Tensor | None, S: Tensor | None

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from open_lm_linear.architecture import ModelConfig
-from open_lm_linear.attention.base import Attention, State, Tensor, build_norm, norm_over_heads
+from open_lm_linear.attention.base import Attention, Choice, State, Tensor, build_norm, norm_over_heads
 from open_lm_linear.cli import UserError
 from open_lm_linear.feature_maps import NON_NEGATIVE, Activation, FeatureMap, Init, Layout, width
 from open_lm_linear.ops.constants import constant, numbers
@@ -27,6 +27,9 @@ from open_lm_linear.ops.linear_attention import linear_attention
 from open_lm_linear.rotary import Rotary
 
 GROUP_NORM_EPS = 1e-5
+# What a head may begin with: its slope, -log gamma, and the scale of its feature map's matrix.
+SLOPE_CHOICES = (1e-4, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0)
+SCALE_CHOICES = (0.5, 1.0, 2.0)
 SUM_EPS = 1e-6  # the least that is divided by: a query whose features are all 0 has no weights
 
 
@@ -207,6 +210,20 @@ class LinearAttention(Attention):
         for name, module in self.named_children():
             if name.startswith("_totrain_"):
                 module.init_weights()  # type: ignore[operator]
+
+    def choices(self) -> list[Choice]:
+        """Trained decays, and the scale of feature maps that change more than their length with it."""
+        found = []
+        if self.config.learn_decay:
+            heads = self.arch.n_heads
+            slopes = [torch.full((heads,), math.log(slope)) for slope in SLOPE_CHOICES]
+            found.append(Choice("_totrain_decay.log_slopes", heads, slopes))
+        if self.config.feature_map != "none" and self.config.feature_activation not in ("relu", "identity"):
+            for name in ("_totrain_embed", "_totrain_embed_kv"):
+                if (feature_map := getattr(self, name)) is not None:
+                    scaled = [feature_map.weight.detach() * scale for scale in SCALE_CHOICES]
+                    found.append(Choice(f"{name}.weight", feature_map.heads, scaled))
+        return found
 
     def forward(
         self,

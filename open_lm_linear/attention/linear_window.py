@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from open_lm_linear.architecture import ModelConfig
-from open_lm_linear.attention.base import State, Tensor
+from open_lm_linear.attention.base import Choice, State, Tensor
 from open_lm_linear.attention.linear import SUM_EPS, LinearAttention, LinearState
 from open_lm_linear.attention.window import WindowState, check_window, softmax_options, window_flops
 from open_lm_linear.cli import UserError
@@ -49,6 +49,11 @@ class LinearWindowState(State):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LinearWindowState:
         far = {name: tensors[name] for name in ("S", "Z") if name in tensors}
         return cls(WindowState.from_tensors(tensors), LinearState(**far))
+
+
+# What a head's share of the linear part may begin with: a number beside a norm, a sigmoid's argument beside the sum.
+MIX_CHOICES = (0.0, 0.25, 0.5, 1.0)
+SHARE_CHOICES = (-4.0, -2.0, 0.0, 2.0, 4.0)
 
 
 class Mix(nn.Module):
@@ -84,6 +89,13 @@ class LinearWindowAttention(LinearAttention):
             raise UserError("a window goes with qk_norm_at projection: softmax has its norms there.")
         self.near_rotary = Rotary(arch, arch.qk_dim, layer)
         self._totrain_mix = Mix(arch.n_heads)
+
+    def choices(self) -> list[Choice]:
+        """Those of the linear part, and how much of it there is."""
+        heads = self.arch.n_heads
+        numbers = SHARE_CHOICES if self.config.normaliser == "sum" else MIX_CHOICES
+        mixes = [torch.full((heads,), number) for number in numbers]
+        return [Choice("_totrain_mix.weight", heads, mixes), *super().choices()]
 
     def forward(
         self,

@@ -24,7 +24,17 @@ LONG = 16384  # tokens at which a growing cache is named
 # Of a run's configuration, in this order, where they say something.
 RECIPE = (
     *("train_num_samples", "epochs", "global_batch_size", "seq_len", "lr", "lr_new", "lr_cooldown_end", "warmup", "wd"),
-    *("beta1", "beta2", "grad_clip_norm", "z_loss_coefficient", "precision", "fit_tokens", "train_params", "seed"),
+    *(
+        "beta1",
+        "beta2",
+        "grad_clip_norm",
+        "z_loss_coefficient",
+        "precision",
+        "init_tokens",
+        "fit_tokens",
+        "train_params",
+        "seed",
+    ),
 )
 # The hub's identifiers of licences that presets name otherwise.
 LICENCES = {"Llama 2 Community": "llama2", "Llama 3 Community": "llama3"}
