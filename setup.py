@@ -36,7 +36,7 @@ setup(
     # configs/ lies beside the package in a checkout and under the environment's share/ when installed from a wheel.
     data_files=[
         (f"share/open_lm_linear/configs/{kind}", sorted(glob(f"configs/{kind}/*")))
-        for kind in ("models", "runs", "suites")
+        for kind in ("models", "runs", "studies", "suites")
     ],
     install_requires=[
         "torch>=2.6",

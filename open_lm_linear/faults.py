@@ -62,10 +62,14 @@ def die_with_launcher() -> None:
     """Under torchrun: this process is killed when the agent that started it is.
 
     An agent that is killed leaves its ranks alone with the run folder, where they would write beside those that the
-    next one starts. Linux only; elsewhere nothing happens.
+    next one starts.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """This process is killed when the one that started it is. Linux only; elsewhere nothing happens."""
     import ctypes
 
     parent = os.getppid()

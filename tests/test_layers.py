@@ -29,6 +29,7 @@ LAYERS = [
     ["evaluation"],
     ["evaluate", "report", "parity", "serve", "vllm"],
     ["train", "convert", "export", "plan", "run_folder", "validation", "distillation"],
+    ["study"],
     ["main"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -89,8 +89,14 @@ def test_rows_equal_the_plain_computation(tmp_path: Path, bos: bool) -> None:
 
 @pytest.mark.parametrize("context", [1, 100, 128, 129, 256, 1000, 4096])
 def test_buckets_partition_the_positions(context: int) -> None:
-    positions = [p for first, last in buckets(context) for p in range(first, last + 1)]
-    assert positions == list(range(context))
+    for width in (1, 3, 128):
+        positions = [p for first, last in buckets(context, width) for p in range(first, last + 1)]
+        assert positions == list(range(context))
+
+
+def test_buckets_double_from_the_first_on() -> None:
+    assert buckets(256, 128) == [(0, 127), (128, 255)]
+    assert buckets(100, 16) == [(0, 15), (16, 31), (32, 63), (64, 99)]
 
 
 def test_positions_partition_the_tokens_of_full_windows(tmp_path: Path) -> None:
@@ -149,6 +155,7 @@ def test_standard_errors() -> None:
         ({}, "give its option `data`"),
         ({"data": "missing.jsonl"}, "no input file at missing.jsonl"),
         ({"data": "x.jsonl", "contexts": [0]}, "must be above 0"),
+        ({"data": "x.jsonl", "first_bucket": 0}, "must be above 0"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

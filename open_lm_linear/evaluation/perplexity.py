@@ -22,8 +22,6 @@ from open_lm_linear.evaluation.options import read_options
 from open_lm_linear.evaluation.reading import check_memory, start_tokens, token_losses
 from open_lm_linear.evaluation.subject import Subject
 
-FIRST_BUCKET = 128  # positions in the first bucket; each bucket ends at twice the position of the one before
-
 
 @dataclass(frozen=True)
 class Options:
@@ -43,6 +41,8 @@ class Options:
     """Tokens to predict at each context, about. Documents are taken from each domain in turn."""
     windows: int = 4
     """Windows that one document gives at most, from its beginning, side by side."""
+    first_bucket: int = 128
+    """Positions in the first bucket of the loss by position; each ends at twice the position of the one before."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def run(subject: Subject, options: Mapping[str, Any], limit: int | None, seed: i
     opts = read_options(Options, options, "perplexity")
     if not opts.data:
         raise UserError("perplexity has no text to read: give its option `data` a text file, JSON lines or a manifest.")
-    if min(opts.tokens, opts.windows, len(opts.contexts), *opts.contexts) < 1:
-        raise UserError("perplexity's options contexts, tokens and windows must be above 0.")
+    if min(opts.tokens, opts.windows, opts.first_bucket, len(opts.contexts), *opts.contexts) < 1:
+        raise UserError("perplexity's options contexts, tokens, windows and first_bucket must be above 0.")
     check_memory(subject, max(opts.contexts))
     vocab_size = subject.model.get_input_embeddings().num_embeddings
     found, uniform = list(in_turn(_documents(opts, max(opts.contexts), vocab_size))), math.log(vocab_size)
@@ -91,7 +91,7 @@ def run(subject: Subject, options: Mapping[str, Any], limit: int | None, seed: i
         windows = list(_measured(subject, found[:limit], opts, context))
         if not windows:
             raise UserError(f"the data of {opts.task} holds no document of two tokens: {', '.join(opts.data)}.")
-        for one in _rows(opts.task, windows, context):
+        for one in _rows(opts, windows, context):
             rows.append(one | ({"chance": uniform} if one["metric"] == "nats_per_token" else {}))
     return rows
 
@@ -161,18 +161,19 @@ def _document(record: dict[str, Any], opts: Options, name: str, path: str) -> Do
     return Document(str(record.get(opts.domain_key) or name), text)
 
 
-def buckets(context: int) -> list[tuple[int, int]]:
-    """First and last position of each bucket: 0-127, 128-255, 256-511, ... to the last position of the context.
+def buckets(context: int, first: int) -> list[tuple[int, int]]:
+    """First and last position of each bucket: with 128 0-127, 128-255, 256-511, ... to the last of the context.
 
     Position p is that of the token that is read; what it is scored on is the prediction of the token behind it.
     """
     edges = [0]
     while edges[-1] < context:
-        edges.append(min(context, max(FIRST_BUCKET, 2 * edges[-1])))
+        edges.append(min(context, max(first, 2 * edges[-1])))
     return [(a, b - 1) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def _rows(task: str, windows: list[Window], context: int) -> list[dict[str, Any]]:
+def _rows(opts: Options, windows: list[Window], context: int) -> list[dict[str, Any]]:
+    task = opts.task
     rows = _summary(task, windows, context=context, domain="all")
     domains = sorted({w.domain for w in windows})
     if len(domains) > 1:
@@ -185,7 +186,7 @@ def _rows(task: str, windows: list[Window], context: int) -> list[dict[str, Any]
             f"{task}: no document fills a context of {context} tokens, so none is shown by position.", file=sys.stderr
         )
         return rows
-    for first, last in buckets(context):
+    for first, last in buckets(context, opts.first_bucket):
         place = {"context": context, "domain": "all", "position": [first, last]}
         parts = [(w.document, w.between(first, last)) for w in full]
         sums = [(document, float(nats.sum()), len(nats)) for document, nats in parts]
