@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import json
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from open_lm_linear import config, faults, optim, parallel, pretrained
 from open_lm_linear.cli import UserError
 from open_lm_linear.config import Config
 from open_lm_linear.data import masks, stream
+from open_lm_linear.data.manifest import CARD
 from open_lm_linear.distillation import objective_of
 from open_lm_linear.evaluation.compare import SuiteArgs, compare
 from open_lm_linear.evaluation.run import machine, samples, write_json
@@ -43,7 +45,8 @@ from open_lm_linear.pretrained.copies import prepare as prepare_copy
 from open_lm_linear.study.grid import Arm, Grid, arm_config
 
 TEACHER = "teacher"
-TRAINING, EVALUATION = "training.json", "evaluation.json"
+TRAINING, EVALUATION, DATA = "training.json", "evaluation.json", "data.json"
+PLACES = ("logs", "model", "train_data", "val_data")  # of a configuration: what moves with folders
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Study:
     output: Path
     train_data: str
     val_data: str
+    data: Mapping[str, str]
+    """Fingerprints of both."""
     device: str = "auto"
     include_path: str = ""
 
@@ -88,25 +93,39 @@ class Forecast:
 
 
 def lay_out(study: Study, arms: Sequence[Arm]) -> None:
-    """Writes the configuration of every arm and seed.
+    """Writes the configuration of every arm and seed; without data, for the report alone, it looks and writes nothing.
 
     Raises:
-        UserError: the folder holds an arm of the same name with other settings.
+        UserError: the folder holds an arm of the same name with other settings, or arms on other data.
     """
-    study.output.mkdir(parents=True, exist_ok=True)
+    for arm, seed, folder in study.runs(arms):
+        path = folder / "arm.yaml"
+        values = arm_config(study.grid, arm, seed, folder, study.train_data, study.val_data)
+        before = yaml.safe_load(path.read_text()) if path.exists() else values
+        other = [k for k in [*values, *before] if k not in PLACES and values.get(k) != before.get(k)]
+        if other:
+            raise UserError(
+                f"{folder} holds the arm {arm.name} with other settings ({other[0]}): choose another --output, or "
+                "remove it."
+            )
+        if study.train_data:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(values, sort_keys=False))
+    if not study.train_data:
+        return
+    write_json(study.output / DATA, study.data)
     if any(arm.from_scratch for arm in arms):
         write_json(study.output / "teacher.json", pretrained.open_source(study.teacher).config.to_json())
-    for arm, seed, folder in study.runs(arms):
-        values = arm_config(study.grid, arm, seed, folder, study.train_data, study.val_data)
-        path = folder / "arm.yaml"
-        before = yaml.safe_load(path.read_text()) if path.exists() else values
-        if before != values:
-            key = next(k for k in [*values, *before] if values.get(k) != before.get(k))
-            raise UserError(
-                f"{folder} holds the arm {arm.name} with other settings ({key}): choose another --output, or remove it."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def data_of(train_data: str, val_data: str) -> dict[str, str]:
+    """Fingerprints of what manifests list and what is said of it, so that data may move and not change."""
+    found = {}
+    for name, path in (("train_data", train_data), ("val_data", val_data)):
+        files = (Path(path), Path(path).with_name(CARD))
+        content = b"".join(file.read_bytes() for file in files if file.exists())
+        found[name] = hashlib.sha256(content).hexdigest()[:16]
+    return found
 
 
 def forecast(study: Study, arms: Sequence[Arm]) -> dict[str, Forecast]:
@@ -255,7 +274,7 @@ def train_arm(study: Study, arm: Arm, seed: int) -> None:
     if code:
         said = (folder / "train.log").read_text(errors="replace").strip().splitlines() or ["nothing"]
         raise UserError(f"the arm {arm.name} ended with code {code}: {said[-1]} (all of it: {folder / 'train.log'})")
-    stages = [cfg.folder for cfg in config.stages_from_cli(_words(study, folder))]
+    stages = sorted((folder / "run").glob("stage_*"), key=lambda stage: int(stage.name.split("_")[1]))
     found = training_of(stages)
     _keep(study, arm, str(stages[-1]), folder / "weights")
     write_json(folder / TRAINING, found)
@@ -268,8 +287,7 @@ def _keep(study: Study, arm: Arm, source: str, folder: Path) -> None:
     attn = {k: v for k, v in arm.flags.items() if k != "attn_name"} if not arm.stages else {}
     name = arm.flags.get("attn_name") if not arm.stages else None
     convert(prepare_copy(pretrained.open_source(source), name, **attn), folder, overwrite=folder.exists())
-    if arm.from_scratch:
-        pretrained.load_tokenizer(study.teacher).save_pretrained(folder)
+    pretrained.load_tokenizer(study.teacher).save_pretrained(folder)
 
 
 def training_of(stages: Sequence[Path]) -> dict[str, Any]:
@@ -296,11 +314,9 @@ def training_of(stages: Sequence[Path]) -> dict[str, Any]:
 
 def measure(study: Study, name: str, source: str, folder: Path) -> None:
     """Held-out loss by position, the grid's suites and samples of one model, all to ``folder``/evaluation.json."""
-    settings, place = study.grid.settings, parallel.resolve_device(study.device)
-    key = json.loads(json.dumps(_evaluation_key(study)))
-    path = folder / EVALUATION
-    if path.exists() and json.loads(path.read_text())["key"] == key:
+    if measured(study, folder) is not None:
         return
+    settings, place = study.grid.settings, parallel.resolve_device(study.device)
     began = time.perf_counter()
     suite = study.output / "heldout.yaml"
     options = {
@@ -314,21 +330,28 @@ def measure(study: Study, name: str, source: str, folder: Path) -> None:
     said = samples({name: model}, pretrained.load_tokenizer(source), settings.prompts)
     del model
     _free(place)
-    found = {"key": key, "heldout": rows, "suites": suites, "machine": machine(place)}
+    found = {"key": _evaluation_key(study), "heldout": rows, "suites": suites, "machine": machine(place)}
     found["samples"] = [{"prompt": row["prompt"], "text": row[name]} for row in said]
-    write_json(path, found | {"seconds": time.perf_counter() - began})
+    write_json(folder / EVALUATION, found | {"seconds": time.perf_counter() - began})
+
+
+def measured(study: Study, folder: Path) -> dict[str, Any] | None:
+    """What is known of a model; None where it was not measured, or not as this grid says."""
+    path = folder / EVALUATION
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found if found.get("key") == _evaluation_key(study) else None
 
 
 def _evaluation_key(study: Study) -> dict[str, Any]:
-    """What a measurement depends on beside the model."""
+    """What a measurement depends on beside the model, as JSON gives it back."""
     settings = study.grid.settings
     return {
-        "val_data": study.val_data,
+        "val_data": study.data["val_data"],
         "suites": [dataclasses.asdict(suite) for suite in study.grid.suites],
         "include_path": study.include_path,
         "heldout_tokens": settings.heldout_tokens,
         "first_bucket": settings.first_bucket,
-        "prompts": settings.prompts,
+        "prompts": list(settings.prompts),
     }
 
 

@@ -2,7 +2,7 @@
 
     teacher_same_tokens   the softmax teacher on the same tokens, with cross entropy: what the text alone teaches
     window_alone          the windowed arm without its linear part, trained as it was
-    linear_alone          the windowed arm without its window, trained as it was
+    linear_alone          the windowed arm without its window, trained as it was; left out where an arm is just that
     no_attention          a window of the token itself, trained as it was: what the other layers can make up for
     untrained_window      the window with sinks, as swapped in: what no training costs
 
@@ -18,6 +18,7 @@ from typing import Any
 from open_lm_linear import attention
 from open_lm_linear.cli import UserError, did_you_mean
 from open_lm_linear.config import options_class
+from open_lm_linear.evaluation.run import progress
 from open_lm_linear.study.grid import Arm, Flags, Grid
 
 NAMES = ("teacher_same_tokens", "window_alone", "linear_alone", "no_attention", "untrained_window")
@@ -25,7 +26,7 @@ SINKS = 4  # of the untrained window, where the grid's has none (StreamingLLM's 
 
 
 def controls(grid: Grid) -> list[Arm]:
-    """The controls of a grid; ``linear_alone`` where there is an arm with a window.
+    """The controls of a grid; ``linear_alone`` where there is an arm with a window, and none that is the same.
 
     Raises:
         UserError: the grid has flags for a control that there is not, or an arm with the name of one.
@@ -47,12 +48,24 @@ def controls(grid: Grid) -> list[Arm]:
         "untrained_window": ({"attn_name": "window", "window": window, "sinks": sinks or min(SINKS, window)}, ()),
     }
     if windowed is not None:
-        made["linear_alone"] = (_linear_part(windowed.flags), windowed.stages)
+        alone = _linear_part(windowed.flags), windowed.stages
+        twin = next((arm.name for arm in grid.arms if _linear(arm) == alone), None)
+        if twin is None or "linear_alone" in grid.controls:
+            made["linear_alone"] = alone
+        else:
+            progress(f"the control linear_alone is the arm {twin}: it is not run twice")
     return [
         Arm(name, {**made[name][0], **grid.controls.get(name, {})}, made[name][1], control=True)
         for name in NAMES
         if name in made
     ]
+
+
+def _linear(arm: Arm) -> tuple[Flags, tuple[Flags, ...]] | None:
+    """Flags and stages of an arm with linear attention, its preset spelt out."""
+    if attention.canonical(arm.flags.get("attn_name", "softmax")) != "linear":
+        return None
+    return _linear_part(arm.flags), arm.stages
 
 
 def _is_windowed(arm: Arm) -> bool:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from open_lm_linear.evaluation.tables import parts_of, published_tables, relative
-from open_lm_linear.study.arms import EVALUATION, TEACHER, TRAINING, Study
+from open_lm_linear.study.arms import TEACHER, TRAINING, Study, measured
 from open_lm_linear.study.grid import PUBLISHED, Arm
 
 
 def gather(study: Study, arms: Sequence[Arm], command: str) -> dict[str, Any]:
     """All that the report says, as JSON. Arms without a measurement are named under ``missing``."""
-    teacher = _read(study.output / TEACHER / EVALUATION)
+    teacher = measured(study, study.output / TEACHER)
     level = None if teacher is None else heldout(teacher["heldout"])["value"]
     found, missing = [], []
     for arm in arms:
@@ -42,15 +42,12 @@ def gather(study: Study, arms: Sequence[Arm], command: str) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def _run(folder: Path, seed: int, teacher: Mapping[str, Any] | None, study: Study) -> dict[str, Any] | None:
     """One arm with one seed; None where it was not trained and measured."""
-    training, evaluation = _read(folder / TRAINING), _read(folder / EVALUATION)
-    if training is None or evaluation is None:
+    evaluation = measured(study, folder)
+    if evaluation is None:
         return None
+    training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
     found = {"seed": seed, **training, **_measured(evaluation, teacher, study)}
     if teacher is not None:
         level = heldout(teacher["heldout"])["value"]
@@ -82,11 +79,11 @@ def heldout(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def scores_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The whole of every task of the suites by its name in tables: metric, value, standard error, chance, n."""
-    keys = ("metric", "value", "standard_error", "chance", "n")
+    """The whole of every task of the suites by its name in tables and its metric: value, standard error, chance, n."""
+    keys = ("value", "standard_error", "chance", "n")
     rows = [row for suite in evaluation["suites"].values() for row in suite if not parts_of(row)]
     return {
-        row["label"]: {k: row[k] for k in keys} | {"task": "harness_task" in row}
+        f"{row['label']} {row['metric']}": {k: row[k] for k in keys} | {"task": "harness_task" in row}
         for row in rows
         if row["label"] != "average"
     }

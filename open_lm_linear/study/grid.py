@@ -12,7 +12,6 @@ are shared out over an arm's stages by their ``share``, equally where none is gi
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,29 +177,19 @@ def _suite(values: Any, where: str) -> Suite:
 
 
 def _check(grid: Grid, where: str) -> None:
-    settings = grid.settings
+    settings, run = grid.settings, grid.run
     for name in ("seq_len", "global_batch_size"):
-        if type(grid.run.get(name)) is not int or grid.run[name] < 1:
+        if type(run.get(name)) is not int or run[name] < 1:
             raise UserError(f"{where}: run needs {name}, a whole number above 0.")
-    if not isinstance(grid.run.get("pretrained"), str):
+    if not isinstance(run.get("pretrained"), str):
         raise UserError(f"{where}: run needs pretrained, the teacher that the arms begin from.")
-    step = grid.run["seq_len"] * grid.run["global_batch_size"]
-    if settings.tokens < step or settings.tokens % step:
-        raise UserError(
-            f"{where}: tokens must be a multiple of the {step:,} tokens of a step, not {settings.tokens:,}."
-        )
-    if settings.heldout_tokens < grid.run["seq_len"] or settings.heldout_tokens % grid.run["seq_len"]:
-        raise UserError(
-            f"{where}: heldout_tokens must be a multiple of seq_len {grid.run['seq_len']}, not "
-            f"{settings.heldout_tokens:,}."
-        )
-    if (
-        min(settings.validations, settings.first_bucket, len(settings.seeds)) < 1
-        or min(settings.recover, default=1) < 0
-    ):
-        raise UserError(
-            f"{where}: validations and first_bucket must be above 0, recover not below, and seeds not empty."
-        )
+    sizes = {"tokens": run["seq_len"] * run["global_batch_size"], "heldout_tokens": run["seq_len"]}
+    for name, size in sizes.items():
+        value = getattr(settings, name)
+        if value < size or value % size:
+            raise UserError(f"{where}: {name} must be a multiple of {size:,}, by seq_len and batch, not {value:,}.")
+    if min(settings.validations, settings.first_bucket, len(settings.seeds), *settings.recover) <= 0:
+        raise UserError(f"{where}: validations, first_bucket and recover must be above 0, and seeds not empty.")
     for arm in grid.arms:
         stage_steps(arm, grid.steps)
 
@@ -211,6 +200,8 @@ def stage_steps(arm: Arm, steps: int) -> list[int]:
     Raises:
         UserError: shares that are not all given, or not 1 together; a stage without a step.
     """
+    if not arm.stages:
+        return []
     given = [stage["share"] for stage in arm.stages if "share" in stage]
     numbers = all(isinstance(share, (int, float)) and share > 0 for share in given)
     if given and (len(given) != len(arm.stages) or not numbers or abs(sum(given) - 1) > 1e-6):
@@ -218,7 +209,7 @@ def stage_steps(arm: Arm, steps: int) -> list[int]:
     shares = given or [1 / len(arm.stages)] * len(arm.stages)
     ends = [round(steps * sum(shares[: i + 1])) for i in range(len(shares))]
     found = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    if min(found, default=1) < 1:
+    if min(found) < 1:
         raise UserError(f"the arm {arm.name}: one of its stages has no step among the {steps} of the arm: give tokens.")
     return found
 
@@ -227,7 +218,7 @@ def arm_config(grid: Grid, arm: Arm, seed: int, folder: Path, train_data: str, v
     """The trainer's --config file of one arm and seed, whose run is in ``folder``/run."""
     settings, run = grid.settings, dict(grid.run)
     if arm.from_scratch:  # the recipe that comes with a preset's weights holds for all arms alike
-        run = {**_recipe(run.pop("pretrained")), **run, "model": str(folder.parent.parent / "teacher.json")}
+        run = {**_recipe(run.pop("pretrained")), **run, "model": str(folder.parents[2] / "teacher.json")}
     per_step = grid.run["seq_len"] * grid.run["global_batch_size"]
     stages = []
     for stage, steps in zip(arm.stages, stage_steps(arm, grid.steps), strict=True):
@@ -250,8 +241,3 @@ def _recipe(pretrained: str) -> dict[str, Any]:
     if pretrained not in PRESETS:
         return {}
     return yaml.safe_load(shipped("runs", ".yaml")[PRESETS[pretrained].recipe].read_text(encoding="utf-8"))
-
-
-def with_controls(grid: Grid, arms: Sequence[Arm]) -> Grid:
-    """The grid with more arms."""
-    return dataclasses.replace(grid, arms=(*grid.arms, *arms))

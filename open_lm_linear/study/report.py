@@ -37,13 +37,13 @@ def report(output: Path, facts: Mapping[str, Any]) -> None:
 
 def tables(facts: Mapping[str, Any]) -> list[Table]:
     """Arms with losses and scores, tokens to recover, and the loss by position."""
-    return [_main(facts), _recovery(facts), _positions(facts)]
+    return [_main(facts), *_recovery(facts), _positions(facts)]
 
 
 def _main(facts: Mapping[str, Any]) -> Table:
     teacher = facts["teacher"]
     labels = list(teacher["scores"])
-    header = ["arm", "tokens", "training", "held-out nats", "gap", *(_column(teacher, label) for label in labels)]
+    header = ["arm", "tokens", "training", "held-out nats", "gap", *labels]
     if _scored(facts):
         header += ["of teacher", "above chance"]
     of = teacher["heldout"]
@@ -68,10 +68,6 @@ def _scored(facts: Mapping[str, Any]) -> bool:
     return facts["teacher"]["share"] is not None
 
 
-def _column(teacher: Mapping[str, Any], label: str) -> str:
-    return f"{label} {teacher['scores'][label]['metric']}"
-
-
 def _score(kind: Mapping[str, Any], value: float | None, deviation: float | None) -> str:
     percent = kind["chance"] is not None and kind["chance"] <= 1
     scale, form = (100, "{:.1f}") if percent else (1, "{:.3f}")
@@ -90,9 +86,11 @@ def _name(arm: Mapping[str, Any]) -> str:
     return f"{arm['name']} (control)" if arm["control"] else arm["name"]
 
 
-def _recovery(facts: Mapping[str, Any]) -> Table:
+def _recovery(facts: Mapping[str, Any]) -> list[Table]:
     trained = [arm for arm in facts["arms"] if arm["runs"][0]["curve"]]
-    distances = list(trained[0]["runs"][0]["recovered"]) if trained else []
+    if not trained:
+        return []
+    distances = list(trained[0]["runs"][0]["recovered"])
     rows = []
     for arm in trained:
         cells = []
@@ -101,7 +99,7 @@ def _recovery(facts: Mapping[str, Any]) -> Table:
             cells.append(", ".join("-" if at is None else f"{at:,}" for at in found))
         rows.append((_name(arm), *cells))
     header = ("arm", *(f"{distance} nats" for distance in distances))
-    return Table("Tokens until the held-out loss is within so much of the teacher's, by seed", header, tuple(rows))
+    return [Table("Tokens until the held-out loss is within so much of the teacher's, by seed", header, tuple(rows))]
 
 
 def _positions(facts: Mapping[str, Any]) -> Table:
@@ -116,11 +114,12 @@ def _positions(facts: Mapping[str, Any]) -> Table:
 def notes(facts: Mapping[str, Any]) -> list[str]:
     """Sentences that a reader needs to take the numbers for what they are."""
     seeds, of = facts["seeds"], facts["teacher"]["heldout"]
-    single = "one run an arm; ± is the standard error over the held-out text"
-    several = f"{len(seeds)} runs an arm (seeds {', '.join(map(str, seeds))}); ± is the standard deviation over them"
+    runs = "one run an arm; ± is the standard error over the held-out text"
+    if len(seeds) > 1:
+        runs = f"{len(seeds)} runs an arm (seeds {', '.join(map(str, seeds))}); ± is the standard deviation over them"
     found = [
-        f"Every arm: {facts['tokens']:,} tokens, the same data and evaluation, {single if len(seeds) == 1 else several}.",
-        f"Held-out loss over {of['tokens']:,} tokens, the same for all: differences between arms are surer than ± says.",
+        f"Every arm: {facts['tokens']:,} tokens, the same data and evaluation, {runs}.",
+        f"The held-out loss is over {of['tokens']:,} tokens, the same for all arms.",
         "Tokens to recover: the first point of an arm's curve that is near enough; - where none is.",
     ]
     if _scored(facts):
@@ -153,9 +152,9 @@ def markdown(facts: Mapping[str, Any]) -> str:
     """The whole of ``report.md``."""
     machine = facts["machine"]
     text = ["\n".join([f"# {facts['title']}", "", *(f"- {note}" for note in notes(facts))])]
-    found = tables(facts)
-    text += [found[0].markdown(), "![Held-out loss over tokens](curves.png)", found[1].markdown()]
-    text += [found[2].markdown(), "![Held-out loss by position](positions.png)", *_samples(facts)]
+    first, *others = (table.markdown() for table in tables(facts))
+    text += [first, "![Held-out loss over tokens](curves.png)", *others]
+    text += ["![Held-out loss by position](positions.png)", *_samples(facts)]
     text.append("\n".join(["### The arms", "", *map(_described, facts["arms"])]))
     rows = {
         "command": f"`{facts['command']}`",

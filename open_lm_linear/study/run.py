@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from open_lm_linear.metrics import human_time
 
 if TYPE_CHECKING:
     from open_lm_linear.study.arms import Forecast, Study
-    from open_lm_linear.study.grid import Arm
+    from open_lm_linear.study.grid import Arm, Grid
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class StudyArgs:
     """A name under configs/studies, or a .yaml path."""
     output: str
     """Folder of the arms and of the report."""
-    train_data: str
-    """Training data of every arm: a manifest.jsonl, or its folder."""
-    val_data: str
+    train_data: str = ""
+    """Training data of every arm: a manifest.jsonl, or its folder. The report alone needs none."""
+    val_data: str = ""
     """Held-out data, likewise."""
     arms: str = ""
     """Names of arms and controls, with commas. Empty: all arms of the grid."""
@@ -59,13 +60,9 @@ def run(args: StudyArgs, command: str) -> None:
     grid = read_grid(args.grid)
     known = {arm.name: arm for arm in (*grid.arms, *controls(grid))}
     wanted = _wanted(args, known)
-    study = work.Study(
-        grid, Path(args.output), _manifest(args.train_data), _manifest(args.val_data), args.device, args.include_path
-    )
-    names = {arm.name for arm in wanted}
-    there = [
-        arm for arm in known.values() if arm.name in names or study.folder(arm.name, grid.settings.seeds[0]).exists()
-    ]
+    study = _study(args, grid)
+    begun = [arm for arm in known.values() if (study.output / "arms" / arm.name).exists()]
+    there = [arm for arm in known.values() if arm in wanted or arm in begun]
     work.lay_out(study, there)
     failed: list[str] = []
     if args.only != "report":
@@ -75,9 +72,29 @@ def run(args: StudyArgs, command: str) -> None:
             return
         failed = _work(study, wanted, foreseen, args.only)
     if args.only != "train":
-        report.report(study.output, facts.gather(study, there, command))
+        report.report(study.output, facts.gather(study, begun if args.only == "report" else there, command))
     if failed:
         raise UserError(f"not all arms were trained; the same command tries again: {'; '.join(failed)}")
+
+
+def _study(args: StudyArgs, grid: Grid) -> Study:
+    from open_lm_linear.study import arms as work
+
+    output, train, val = Path(args.output), "", ""
+    path = output / work.DATA
+    before = json.loads(path.read_text()) if path.exists() else None
+    if args.only == "report":
+        if before is None:
+            raise UserError(f"{output} holds no study yet: run it first.")
+        data = before
+    else:
+        train, val = _manifest("--train-data", args.train_data), _manifest("--val-data", args.val_data)
+        data = work.data_of(train, val)
+        for name, was in (before or {}).items():
+            if data[name] != was:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{output} was begun with other data than {flag} has: choose another --output.")
+    return work.Study(grid, output, train, val, data, args.device, args.include_path)
 
 
 def _wanted(args: StudyArgs, known: Mapping[str, Arm]) -> list[Arm]:
@@ -92,10 +109,12 @@ def _wanted(args: StudyArgs, known: Mapping[str, Arm]) -> list[Arm]:
     return [arm for arm in known.values() if arm.name in names or (args.controls and arm.control)]
 
 
-def _manifest(path: str) -> str:
+def _manifest(flag: str, path: str) -> str:
+    if not path:
+        raise UserError(f"no data: give {flag}, a {MANIFEST} of `data.prepare` or its folder.")
     found = Path(path) / MANIFEST if Path(path).is_dir() else Path(path)
     if not found.is_file():
-        raise UserError(f"there is no data at {path}: give a {MANIFEST} of `data.prepare`, or its folder.")
+        raise UserError(f"there is no data at {flag} {path}: give a {MANIFEST} of `data.prepare`, or its folder.")
     return str(found)
 
 
