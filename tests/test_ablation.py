@@ -386,22 +386,23 @@ def test_bad_words_are_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["small", "gpu"])
-def test_shipped_grids_are_taken_by_the_trainer(name: str, tmp_path: Path) -> None:
+def test_shipped_grids_share_their_tokens_out_and_the_trainer_takes_their_arms(name: str, tmp_path: Path) -> None:
     found = read_grid(name)
     arms = [*found.arms, *controls(found)]
     assert {"t2r", "supra", "two_step", "new_weights_only", "from_scratch"} == {a.name for a in arms if a.published}
     (tmp_path / "teacher.json").write_text("{}")
     for arm in arms:
         folder = tmp_path / "arms" / arm.name / "seed_0"
-        folder.mkdir(parents=True)
         values = arm_config(found, arm, 0, folder, "T/manifest.jsonl", "V/manifest.jsonl")
-        (folder / "arm.yaml").write_text(yaml.safe_dump(values))
-        if not arm.stages:
+        tokens = [stage["epochs"] * stage["train_num_samples"] for stage in values["stages"]]
+        assert sum(tokens) == (found.settings.tokens if arm.stages else 0), arm.name
+        # Parsing takes a tenth of a second: one of each kind.
+        if arm.name not in ("from_scratch", "gated_delta", "linear_window", "teacher_same_tokens", "no_attention"):
             continue
+        folder.mkdir(parents=True)
+        (folder / "arm.yaml").write_text(yaml.safe_dump(values))
         stages = stages_from_cli(["--config", str(folder / "arm.yaml"), "--resume", "latest"])
-        tokens = [(cfg.run.train_num_samples or 0) * cfg.run.epochs for cfg in stages]
-        assert sum(tokens) == found.settings.tokens, arm.name
         settings = {(c.optim.wd, c.optim.z_loss_coefficient, c.optim.lr_cooldown_end, c.data.seq_len) for c in stages}
-        assert len(settings) == 1 and settings == {(0.0, 0.0, found.run["lr_cooldown_end"], found.run["seq_len"])}
+        assert settings == {(0.0, 0.0, found.run["lr_cooldown_end"], found.run["seq_len"])}, arm.name
         for cfg, count in zip(stages, tokens, strict=True):
             assert cfg.optim.warmup < count // (found.run["seq_len"] * found.run["global_batch_size"])

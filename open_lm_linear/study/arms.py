@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -137,18 +138,22 @@ def forecast(study: Study, arms: Sequence[Arm]) -> dict[str, Forecast]:
     Raises:
         UserError: whatever the trainer would refuse, with the name of the arm.
     """
-    started, rate, forward = _pace(study)
-    found = {}
+    begin = time.time() - psutil.Process().create_time()  # what every process takes before it works
+    work: dict[str, tuple[list[Config], float]] = {}
     for arm in arms:
         try:
             stages = _stages(study, arm)
-            done = _operations(stages)
+            work[arm.name] = stages, sum(_operations(stages))
         except UserError as error:
             raise UserError(f"the arm {arm.name}: {error}") from error
+    load, rate, forward = _pace(study)
+    found = {}
+    for arm in arms:
+        stages, operations = work[arm.name]
         looks = 2 + sum(1 + cfg.run.epochs for cfg in stages)  # validations, and the evaluation at half the speed
-        seconds = started + (sum(done) + looks * study.grid.settings.heldout_tokens * forward) / rate
+        seconds = begin + load + (operations + looks * study.grid.settings.heldout_tokens * forward) / rate
         tokens = study.grid.settings.tokens if arm.stages else 0
-        found[arm.name] = Forecast(tokens, sum(done), seconds * len(study.seeds(arm)))
+        found[arm.name] = Forecast(tokens, operations, seconds * len(study.seeds(arm)))
     return found
 
 
@@ -189,12 +194,11 @@ def _operations(stages: Sequence[Config]) -> list[float]:
 
 
 def _pace(study: Study) -> tuple[float, float, float]:
-    """Seconds to start and load the teacher, its FLOPs/s forward and backward, and its FLOPs of a token forward."""
-    import psutil
-
+    """Seconds to load the teacher, its FLOPs/s forward and backward, and its FLOPs of a token forward."""
     place = parallel.resolve_device(study.device)
+    before = time.perf_counter()
     model = pretrained.load_pretrained(study.teacher, device=place)
-    started = time.time() - psutil.Process().create_time()
+    load = time.perf_counter() - before
     seq_len = study.grid.run["seq_len"]
     rows = max(1, study.grid.run["global_batch_size"] // study.grid.run.get("accum_freq", 1))
     ids = torch.randint(model.config.vocab_size, (rows, seq_len + 1), device=place)
@@ -209,7 +213,7 @@ def _pace(study: Study) -> tuple[float, float, float]:
     forward = model.flops_per_token(seq_len)
     del model
     _free(place)
-    return started, 3 * forward * rows * seq_len / seconds, forward
+    return load, 3 * forward * rows * seq_len / seconds, forward
 
 
 def _free(place: torch.device) -> None:
