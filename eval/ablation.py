@@ -13,6 +13,7 @@ from __future__ import annotations
 import shlex
 import sys
 
+from open_lm_linear import faults
 from open_lm_linear.cli import command, parse
 from open_lm_linear.study.run import StudyArgs, run
 
@@ -20,7 +21,11 @@ from open_lm_linear.study.run import StudyArgs, run
 @command
 def main() -> None:
     args = parse(StudyArgs, prog="python eval/ablation.py", description=StudyArgs.__doc__ or "")
-    run(args, shlex.join(["python", *sys.argv]))
+    try:
+        run(args, shlex.join(["python", *sys.argv]))
+    except faults.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(faults.EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import gc
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -83,16 +84,6 @@ class Study:
 # ---- before anything is trained ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What an arm is about to do."""
-
-    tokens: int
-    operations: float
-    """FLOPs of its training."""
-    seconds: float
-
-
 def lay_out(study: Study, arms: Sequence[Arm]) -> None:
     """Writes the configuration of every arm and seed; without data, for the report alone, it looks and writes nothing.
 
@@ -129,10 +120,10 @@ def data_of(train_data: str, val_data: str) -> dict[str, str]:
     return found
 
 
-def forecast(study: Study, arms: Sequence[Arm]) -> dict[str, Forecast]:
-    """Tokens, operations and time of each arm, after a look at headers and data that refuses what cannot be trained.
+def forecast(study: Study, arms: Sequence[Arm]) -> dict[str, float]:
+    """Seconds of each arm, after a look at headers and data that refuses what cannot be trained.
 
-    The time is that of starting a process, and of the operations at the speed of the teacher's forward and backward
+    They are those of starting a process, and of the operations at the speed of the teacher's forward and backward
     pass, both measured here. Linear attention does fewer operations a second, so it is rough.
 
     Raises:
@@ -152,8 +143,7 @@ def forecast(study: Study, arms: Sequence[Arm]) -> dict[str, Forecast]:
         stages, operations = work[arm.name]
         looks = 2 + sum(1 + cfg.run.epochs for cfg in stages)  # validations, and the evaluation at half the speed
         seconds = begin + load + (operations + looks * study.grid.settings.heldout_tokens * forward) / rate
-        tokens = study.grid.settings.tokens if arm.stages else 0
-        found[arm.name] = Forecast(tokens, operations, seconds * len(study.seeds(arm)))
+        found[arm.name] = seconds * len(study.seeds(arm))
     return found
 
 
@@ -222,7 +212,7 @@ def _free(place: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def plan_text(study: Study, arms: Sequence[Arm], foreseen: Mapping[str, Forecast]) -> str:
+def plan_text(study: Study, arms: Sequence[Arm], foreseen: Mapping[str, float]) -> str:
     """What the study is about to do, for people."""
     settings = study.grid.settings
     seeds = f" with each of the seeds {', '.join(map(str, settings.seeds))}" if len(settings.seeds) > 1 else ""
@@ -232,17 +222,20 @@ def plan_text(study: Study, arms: Sequence[Arm], foreseen: Mapping[str, Forecast
     ]
     width = max(len(arm.name) for arm in arms)
     for arm in arms:
-        of = foreseen[arm.name]
+        of = foreseen.get(arm.name)
+        tokens = settings.tokens if arm.stages else 0
         shown = ", ".join(f"{k} {v}" for k, v in arm.flags.items())
         stages = " -> ".join(str(s.get("stage_name", s.get("train_params", "all"))) for s in arm.stages) or "untrained"
-        mark = "done" if _trained(study, arm) else f"about {human_time(of.seconds)}"
-        lines.append(f"  {arm.name:<{width}}  {of.tokens:>13,} tokens  {mark:>12}  {stages}  ({shown})")
-    todo = sum(foreseen[arm.name].seconds for arm in arms if not _trained(study, arm))
-    lines.append(f"forecast for what is not trained yet, from one micro-batch of the teacher: {human_time(todo)}")
+        mark = "trained" if of is None else f"about {human_time(of)}"
+        lines.append(f"  {arm.name:<{width}}  {tokens:>13,} tokens  {mark:>12}  {stages}  ({shown})")
+    if foreseen:
+        seconds = human_time(sum(foreseen.values()))
+        lines.append(f"forecast for what is not trained yet, from one micro-batch of the teacher: {seconds}")
     return "\n".join(lines)
 
 
-def _trained(study: Study, arm: Arm) -> bool:
+def trained(study: Study, arm: Arm) -> bool:
+    """Whether there is nothing left to train of an arm."""
     return all((study.folder(arm.name, seed) / TRAINING).exists() for seed in study.seeds(arm))
 
 
@@ -250,12 +243,20 @@ def _trained(study: Study, arm: Arm) -> bool:
 
 
 def launch(words: Sequence[str], log: Path) -> int:
-    """Runs the trainer, its words added to ``log``; returns its exit code. It ends when this process is killed."""
+    """Runs the trainer, what it says added to ``log``; returns its exit code.
+
+    A SIGTERM is handed on, so that the run is saved; when this process is killed, the trainer is too.
+    """
     command = [sys.executable, "-m", "open_lm_linear.main", *words]
-    with log.open("ab") as out:
-        return subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT, preexec_fn=faults.die_with_parent
-        ).returncode
+    with (
+        log.open("ab") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, preexec_fn=faults.die_with_parent) as trainer,
+    ):
+        before = signal.signal(signal.SIGTERM, lambda *_: trainer.terminate())
+        try:
+            return trainer.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def train_arm(study: Study, arm: Arm, seed: int) -> None:
@@ -288,9 +289,9 @@ def train_arm(study: Study, arm: Arm, seed: int) -> None:
 
 def _keep(study: Study, arm: Arm, source: str, folder: Path) -> None:
     """The weights that an arm is measured with, and the tokenizer that belongs to them."""
-    attn = {k: v for k, v in arm.flags.items() if k != "attn_name"} if not arm.stages else {}
-    name = arm.flags.get("attn_name") if not arm.stages else None
-    convert(prepare_copy(pretrained.open_source(source), name, **attn), folder, overwrite=folder.exists())
+    swap = {} if arm.stages else dict(arm.flags)  # the trainer has done it where there is one
+    job = prepare_copy(pretrained.open_source(source), swap.pop("attn_name", None), **swap)
+    convert(job, folder, overwrite=folder.exists())
     pretrained.load_tokenizer(study.teacher).save_pretrained(folder)
 
 

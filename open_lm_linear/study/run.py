@@ -15,7 +15,7 @@ from open_lm_linear.evaluation.run import progress
 from open_lm_linear.metrics import human_time
 
 if TYPE_CHECKING:
-    from open_lm_linear.study.arms import Forecast, Study
+    from open_lm_linear.study.arms import Study
     from open_lm_linear.study.grid import Arm, Grid
 
 
@@ -66,7 +66,8 @@ def run(args: StudyArgs, command: str) -> None:
     work.lay_out(study, there)
     failed: list[str] = []
     if args.only != "report":
-        foreseen = work.forecast(study, wanted)
+        todo = [arm for arm in wanted if args.only != "evaluate" and not work.trained(study, arm)]
+        foreseen = work.forecast(study, todo) if todo else {}
         print(work.plan_text(study, wanted, foreseen), flush=True)
         if args.plan:
             return
@@ -118,7 +119,7 @@ def _manifest(flag: str, path: str) -> str:
     return str(found)
 
 
-def _work(study: Study, arms: Sequence[Arm], foreseen: Mapping[str, Forecast], only: str) -> list[str]:
+def _work(study: Study, arms: Sequence[Arm], foreseen: Mapping[str, float], only: str) -> list[str]:
     """Trains and measures; returns what went wrong with single arms, which does not keep the others waiting."""
     from open_lm_linear.study import arms as work
 
@@ -126,7 +127,6 @@ def _work(study: Study, arms: Sequence[Arm], foreseen: Mapping[str, Forecast], o
         progress("the teacher")
         work.measure(study, work.TEACHER, study.teacher, study.output / work.TEACHER)
     todo = list(study.runs(arms))
-    left = sum(foreseen[arm.name].seconds / len(study.seeds(arm)) for arm, _, _ in todo)
     began, due, failed = time.perf_counter(), 0.0, []
     for number, (arm, seed, folder) in enumerate(todo, start=1):
         label = f"{arm.name}, seed {seed}"
@@ -139,7 +139,9 @@ def _work(study: Study, arms: Sequence[Arm], foreseen: Mapping[str, Forecast], o
         except UserError as error:
             failed.append(f"{label}: {error}")
             progress(f"error: {error}")
-        due += foreseen[arm.name].seconds / len(study.seeds(arm))
-        spent = time.perf_counter() - began
-        progress(f"{human_time(spent)} so far, about {human_time((left - due) * spent / due)} to go")
+        if arm.name in foreseen:
+            due += foreseen[arm.name] / len(study.seeds(arm))
+            spent = time.perf_counter() - began
+            left = spent * (sum(foreseen.values()) / due - 1)
+            progress(f"{human_time(spent)} so far, about {human_time(left)} to go")
     return failed
