@@ -102,6 +102,12 @@ class Tiny:
         return json.loads((self.output / "report.json").read_text())
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a second, and those of the whole study are looked at."""
+    monkeypatch.setattr(report, "plot", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     torch.set_num_threads(1)
@@ -165,7 +171,7 @@ def test_losses_gaps_and_tokens_to_recover_are_right(name: str, tiny: Tiny) -> N
 
 
 def test_scores_are_relative_to_the_teacher_and_measured_in_a_call_of_their_own(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
 ) -> None:
     monkeypatch.setattr(work, "launch", lambda *_: pytest.fail("a training was started"))
     output = shutil.copytree(tiny.output, tmp_path / "out")
@@ -245,7 +251,7 @@ def test_a_control_that_is_an_arm_is_not_run_twice(tiny: Tiny) -> None:
     assert made["window_alone"].flags == {"attn_name": "window", "window": 64, "sinks": 4}
 
 
-def test_a_killed_study_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_study_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None) -> None:
     plain = grid(tmp_path, tiny.teacher)
     again = tiny.args(grid=str(plain), arms="supra,from_scratch,untrained_window", output=str(tmp_path / "out"))
 
@@ -297,7 +303,7 @@ def test_the_trainer_is_a_process_and_an_arm_that_fails_keeps_no_other_waiting(
     assert "done: 512 tokens" in (folder / "train.log").read_text()
 
 
-def test_the_report_alone_needs_no_data_and_no_place(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_report_alone_needs_no_data_and_no_place(tiny: Tiny, tmp_path: Path, no_plots: None) -> None:
     output = shutil.copytree(tiny.output, tmp_path / "out", ignore=shutil.ignore_patterns("weights", "report.*"))
     run(tiny.args(output=str(output), train_data="", val_data="", only="report"), "the command")
     assert json.loads((output / "report.json").read_text()) == tiny.report
