@@ -333,6 +333,17 @@ def test_several_seeds_have_a_mean_and_a_spread() -> None:
     assert "Differs: b is before a here, by 0.900 ± 0.224 nats." in report._order_notes(order)
 
 
+def test_relative_scores_are_means_over_tasks_that_the_teacher_can() -> None:
+    def task(value: float, chance: float | None = 0.25, harness: bool = True) -> dict[str, Any]:
+        return {"value": value, "chance": chance, "task": harness}
+
+    teacher = {"a": task(0.5), "b": task(0.25), "c": task(0.0, 0.0), "recall": task(0.5, 0.0, False)}
+    student = {"a": task(0.4), "b": task(0.2), "c": task(0.1, 0.0), "recall": task(0.0, 0.0, False)}
+    assert facts.share(student, teacher) == pytest.approx((0.8 + 0.8) / 2)  # c: the teacher has nothing
+    assert facts.above_chance(student, teacher) == pytest.approx(0.15 / 0.25)  # nor is it above chance in b
+    assert facts.share({"recall": task(0.1, 0.0, False)}, teacher) is None
+
+
 def test_tokens_to_recover_are_those_of_the_first_point_that_is_near() -> None:
     curve = [[0, 9.0, 0.1], [100, 4.5, 0.1], [200, 5.1, 0.1], [300, 4.1, 0.1]]
     assert [facts.recovered(curve, 4.0, d) for d in (0.05, 0.1, 0.5, 5)] == [None, 300, 100, 0]
@@ -365,6 +376,7 @@ def test_shares_cut_an_arm_into_whole_steps() -> None:
         ({"arms": {"a": {"published": "x"}}}, "published 'x' is no row of Table 3"),
         ({"suites": [{"suite": "nowhere"}]}, "there is no suite 'nowhere'"),
         ({"suites": [{"suite": "study", "limits": 3}]}, "has no option 'limits'. Did you mean 'limit'"),
+        ({"suites": [{"suite": "study"}, {"suite": "study", "limit": 3}]}, "each suite needs a file name of its own"),
         ({"controls": {"window_only": {}}}, "unknown control 'window_only'. Did you mean 'window_alone'"),
         ({"arms": {"no_attention": {}}}, "calls an arm no_attention, which is a control's name"),
         ({"arms": {"a": {"attn_name": "linear", "lrr": 1}}}, "the arm a: unknown config key 'lrr'. Did you mean 'lr'"),

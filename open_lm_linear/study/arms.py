@@ -353,7 +353,6 @@ def _evaluation_key(study: Study) -> dict[str, Any]:
     return {
         "val_data": study.data["val_data"],
         "suites": [dataclasses.asdict(suite) for suite in study.grid.suites],
-        "include_path": study.include_path,
         "heldout_tokens": settings.heldout_tokens,
         "first_bucket": settings.first_bucket,
         "prompts": list(settings.prompts),

@@ -90,8 +90,9 @@ def scores_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def share(scores: Mapping[str, Mapping[str, Any]], teacher: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The mean over the harness's tasks of score / teacher's score; None without such tasks."""
-    found = [s["value"] / teacher[k]["value"] for k, s in scores.items() if s["task"] and k in teacher]
+    """The mean of score / teacher's score over the harness's tasks at which the teacher scores; None without any."""
+    tasks = [(s["value"], teacher[k]["value"]) for k, s in scores.items() if s["task"] and k in teacher]
+    found = [value / theirs for value, theirs in tasks if theirs > 0]
     return statistics.fmean(found) if found else None
 
 

@@ -190,6 +190,9 @@ def _check(grid: Grid, where: str) -> None:
             raise UserError(f"{where}: {name} must be a multiple of {size:,}, by seq_len and batch, not {value:,}.")
     if min(settings.validations, settings.first_bucket, len(settings.seeds), *settings.recover) <= 0:
         raise UserError(f"{where}: validations, first_bucket and recover must be above 0, and seeds not empty.")
+    stems = ["heldout", *(Path(one.suite).stem for one in grid.suites)]
+    if len(set(stems)) < len(stems):
+        raise UserError(f"{where}: each suite needs a file name of its own, which is not `heldout`, not {stems[1:]}.")
     for arm in grid.arms:
         stage_steps(arm, grid.steps)
 
