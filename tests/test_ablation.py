@@ -180,6 +180,7 @@ def test_scores_are_relative_to_the_teacher_and_measured_in_a_call_of_their_own(
     found = json.loads((output / "report.json").read_text())
     assert [arm["name"] for arm in found["arms"]] == ["supra", "linear_window"]
     assert len(found["missing"]) == len(ARMS) + len(NAMES) - 2  # measured too, but not on these tasks
+    assert "the first 8 examples of each task alone" in (output / "report.md").read_text()
     theirs = found["teacher"]["scores"]["toy acc"]["value"]
     assert theirs > 0 and found["teacher"]["share"] == 1
     for arm in found["arms"]:

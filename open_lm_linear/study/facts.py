@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -34,6 +35,7 @@ def gather(study: Study, arms: Sequence[Arm], command: str) -> dict[str, Any]:
         "tokens": grid.settings.tokens,
         "seeds": list(grid.settings.seeds),
         "run": dict(grid.run),
+        "suites": [dataclasses.asdict(suite) for suite in grid.suites],
         "machine": None if teacher is None else teacher["machine"],
         "teacher": None if teacher is None else {"source": study.teacher} | _measured(teacher, teacher, study),
         "arms": found,
@@ -119,7 +121,6 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _arm(arm: Arm, runs: list[dict[str, Any]], level: float | None) -> dict[str, Any]:
-    labels = dict.fromkeys(label for run in runs for label in run["scores"])
     losses = [run["heldout"]["value"] for run in runs]
     return {
         "name": arm.name,
@@ -131,7 +132,11 @@ def _arm(arm: Arm, runs: list[dict[str, Any]], level: float | None) -> dict[str,
         "seconds": spread([run["seconds"] for run in runs]),
         "heldout": spread(losses) | {"standard_error": runs[0]["heldout"]["standard_error"]},
         "gap": spread([None if level is None else loss - level for loss in losses]),
-        "scores": {k: spread([run["scores"][k]["value"] for run in runs if k in run["scores"]]) for k in labels},
+        "scores": {
+            k: spread([run["scores"][k]["value"] for run in runs])
+            | {"standard_error": runs[0]["scores"][k]["standard_error"]}
+            for k in runs[0]["scores"]
+        },
         "share": spread([run["share"] for run in runs]),
         "above_chance": spread([run["above_chance"] for run in runs]),
         "runs": runs,

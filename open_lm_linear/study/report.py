@@ -48,16 +48,13 @@ def _main(facts: Mapping[str, Any]) -> Table:
         header += ["of teacher", "above chance"]
     of = teacher["heldout"]
     rows = [["teacher", "-", "-", _pair(of["value"], of["standard_error"], "{:.4f}"), "-"]]
-    rows[0] += [_score(teacher["scores"][k], teacher["scores"][k]["value"], None) for k in labels]
+    rows[0] += [_score(of, of["value"], of["standard_error"]) for of in teacher["scores"].values()]
     rows[0] += ["100.0%", "100.0%"] if _scored(facts) else []
     for arm in facts["arms"]:
         loss = arm["heldout"]
-        error = loss["standard_error"] if loss["deviation"] is None else loss["deviation"]
         row = [_name(arm), f"{arm['tokens']:,}", human_time(arm["seconds"]["mean"])]
-        row += [_pair(loss["mean"], error, "{:.4f}"), _text(arm["gap"]["mean"], "{:+.4f}")]
-        for label in labels:
-            of = arm["scores"].get(label, {"mean": None, "deviation": None})
-            row.append(_score(teacher["scores"][label], of["mean"], of["deviation"]))
+        row += [_pair(loss["mean"], _error(loss), "{:.4f}"), _text(arm["gap"]["mean"], "{:+.4f}")]
+        row += [_score(teacher["scores"][k], arm["scores"][k]["mean"], _error(arm["scores"][k])) for k in labels]
         if _scored(facts):
             row += [_text(arm[name]["mean"], "{:.1%}") for name in ("share", "above_chance")]
         rows.append(row)
@@ -68,10 +65,15 @@ def _scored(facts: Mapping[str, Any]) -> bool:
     return facts["teacher"]["share"] is not None
 
 
-def _score(kind: Mapping[str, Any], value: float | None, deviation: float | None) -> str:
+def _error(of: Mapping[str, Any]) -> float | None:
+    """Over seeds where there are several, else over what was measured."""
+    return of["standard_error"] if of["deviation"] is None else of["deviation"]
+
+
+def _score(kind: Mapping[str, Any], value: float, error: float | None) -> str:
     percent = kind["chance"] is not None and kind["chance"] <= 1
     scale, form = (100, "{:.1f}") if percent else (1, "{:.3f}")
-    return _pair(value and scale * value, deviation and scale * deviation, form)
+    return _pair(scale * value, None if error is None else scale * error, form)
 
 
 def _pair(value: float | None, error: float | None, form: str) -> str:
@@ -114,7 +116,7 @@ def _positions(facts: Mapping[str, Any]) -> Table:
 def notes(facts: Mapping[str, Any]) -> list[str]:
     """Sentences that a reader needs to take the numbers for what they are."""
     seeds, of = facts["seeds"], facts["teacher"]["heldout"]
-    runs = "one run an arm; ± is the standard error over the held-out text"
+    runs = "one run an arm; ± is the standard error over the held-out text or the examples"
     if len(seeds) > 1:
         runs = f"{len(seeds)} runs an arm (seeds {', '.join(map(str, seeds))}); ± is the standard deviation over them"
     found = [
@@ -127,6 +129,9 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
             "of teacher: mean over the tasks of score / teacher's score, which guessing does not bring to 0; above "
             "chance: mean of (score - chance) / (teacher's - chance)."
         )
+    for suite in facts["suites"]:
+        if suite["limit"]:
+            found.append(f"The suite {suite['suite']}: the first {suite['limit']} examples of each task alone.")
     if facts["missing"]:
         found.append(f"Not there yet: {'; '.join(facts['missing'])}.")
     return found + _order_notes(facts["order"])
