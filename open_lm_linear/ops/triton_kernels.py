@@ -1,0 +1,211 @@
+"""The Triton kernels of decayed linear attention. `triton_linear` calls them; nothing else should.
+
+One kernel, `scan_kernel`, is the operator and all of its gradients. With S the state and D its gradient,
+
+    o  = scan(q,  k,  v)     S_t = gamma S_(t-1) + k_t^T v_t       o_t  = q_t S_t
+    dq = scan(do, v,  k)     S^T in place of S                     dq_t = do_t S_t^T
+    dv = scan(k,  q,  do)    backwards in time: D_t = q_t^T do_t + gamma D_(t+1)     dv_t = k_t D_t
+    dk = scan(v,  do, q)     backwards, D^T in place of D          dk_t = v_t D_t^T
+
+so that below the rows are called a, b and c: out_t = a_t . (sum over s of gamma^|t-s| b_s^T c_s). A program holds one
+block of columns of the state of one head in registers and walks along one segment of the sequence, chunk by chunk, so
+the states are never written; a, b, c are read once for each block of columns and out is written once. Where heads and
+rows are too few to fill the device the sequence is cut into segments: a first pass over b and c alone gives what each
+segment adds to the state, `link_kernel` runs over the segments, and the second pass starts each at its own state.
+
+Decay enters only as exp of log_decay times a number of tokens, never as a quotient of powers: no exponent is above 0.
+All sums and the state are float32. Products of half precision inputs run in half precision with float32 sums; what the
+kernel computed itself (scores, state, weighted keys) is rounded for them, or with SPLIT kept as a sum of two numbers.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+_WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's numpy has no bfloat16 product
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b, summed in float32."""
+    if _WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_left(wide, b, total, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + wide @ b with ``wide`` in float32 and b as the inputs are."""
+    high = wide.to(b.dtype)
+    total = _dot(high, b, total, PRECISION)
+    if SPLIT:
+        total = _dot((wide - high.to(tl.float32)).to(b.dtype), b, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _dot_right(a, wide, total, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a @ wide with ``wide`` in float32 and a as the inputs are."""
+    high = wide.to(a.dtype)
+    total = _dot(a, high, total, PRECISION)
+    if SPLIT:
+        total = _dot(a, (wide - high.to(tl.float32)).to(a.dtype), total, PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["tokens", "segment"])
+def scan_kernel(
+    a,
+    b,
+    c,  # rows (B, T, their heads, DIM_A), (B, T, heads of b and c, DIM_A), (.., DIM_C); the last stride is 1
+    log_decay,  # (H,) float32
+    first,  # (B, T) bool; without HAS_FIRST anything
+    keep,  # (B, T) bool; without HAS_KEEP anything
+    starts,  # (B, H, N, DIM_A, DIM_C) float32, contiguous but for the last two; without HAS_START anything
+    out,  # (B, T, H, DIM_C), contiguous; not written without OUTPUT
+    ends,  # OUTPUT: the state after the last segment (B, H, ..); else what each segment adds (B, H, N, ..)
+    carries,  # not OUTPUT: (B, H, N) float32, the share of its starting state that a segment leaves
+    tokens,
+    segment,
+    heads,
+    share_a,
+    share_bc,  # query heads to one head of a, and of b and c
+    a_row,
+    a_token,
+    a_head,
+    b_row,
+    b_token,
+    b_head,
+    c_row,
+    c_token,
+    c_head,
+    s_a,
+    s_c,  # strides of a state's two axes
+    DIM_A: tl.constexpr,
+    DIM_C: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_START: tl.constexpr,
+    WANT_END: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    block, part, both = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts = tl.num_programs(1)
+    row, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
+    begin = part.to(tl.int64) * segment
+    end = tl.minimum(begin + segment, tokens)
+    chunks = ((end - begin + CHUNK - 1) // CHUNK).to(tl.int32)
+
+    i_a, i_c, i_t = tl.arange(0, BLOCK_A), block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, CHUNK)
+    in_a, in_c = i_a < DIM_A, i_c < DIM_C
+    a += row * a_row + (head // share_a) * a_head
+    b += row * b_row + (head // share_bc) * b_head
+    c += row * c_row + (head // share_bc) * c_head
+    g = tl.load(log_decay + head)
+
+    at = both.to(tl.int64) * parts + part  # of this program's state
+    place = i_a[:, None] * s_a + i_c[None, :] * s_c
+    in_state = in_a[:, None] & in_c[None, :]
+    state = tl.zeros([BLOCK_A, BLOCK_C], dtype=tl.float32)
+    if HAS_START:
+        state += tl.load(starts + at * DIM_A * DIM_C + place, mask=in_state, other=0.0)
+    carried = tl.full([], 1.0, dtype=tl.float32)
+
+    for n in range(0, chunks):
+        chunk = chunks - 1 - n if BACKWARDS else n
+        here = begin + chunk.to(tl.int64) * CHUNK
+        count = tl.minimum(end - here, CHUNK).to(tl.int32)
+        inside = i_t < count
+        # The clock counts the tokens that decay, up to and with token i: between j and i it ticks clock_i - clock_j.
+        if HAS_KEEP:
+            ticks = tl.load(keep + row * tokens + here + i_t, mask=inside, other=0).to(tl.int32)
+            clock, last_clock = tl.cumsum(ticks, 0), tl.sum(ticks, 0)
+        else:
+            clock, last_clock = i_t + 1, count
+        from_start = tl.exp(g * clock.to(tl.float32))
+        to_end = tl.exp(g * tl.maximum(last_clock - clock, 0).to(tl.float32))
+        whole = tl.exp(g * last_clock.to(tl.float32))
+        if HAS_FIRST:
+            resets = tl.load(first + row * tokens + here + i_t, mask=inside, other=0).to(tl.int32)
+            document, last_document = tl.cumsum(resets, 0), tl.sum(resets, 0)
+            from_start = tl.where(document == 0, from_start, 0.0)
+            to_end = tl.where(document == last_document, to_end, 0.0)
+            whole = tl.where(last_document == 0, whole, 0.0)
+        if BACKWARDS:
+            seen, left = to_end, from_start
+        else:
+            seen, left = from_start, to_end
+
+        # Wide offsets are for the chunk as a whole: 64 bits for each element would fill the registers.
+        b_at, c_at = b + here * b_token, c + here * c_token
+        b_t = tl.load(b_at + (i_t[None, :] * b_token + i_a[:, None]), mask=in_a[:, None] & inside[None, :], other=0.0)
+        c_t = tl.load(c_at + (i_t[:, None] * c_token + i_c[None, :]), mask=inside[:, None] & in_c[None, :], other=0.0)
+        if OUTPUT:
+            a_at = a + here * a_token + (i_t[:, None] * a_token + i_a[None, :])
+            a_t = tl.load(a_at, mask=inside[:, None] & in_a[None, :], other=0.0)
+            nothing = tl.zeros([CHUNK, BLOCK_C], dtype=tl.float32)
+            result = _dot_right(a_t, state, nothing, SPLIT, PRECISION) * seen[:, None]
+            scores = _dot(a_t, b_t, tl.zeros([CHUNK, CHUNK], dtype=tl.float32), PRECISION)
+            age = clock[:, None] - clock[None, :]
+            if BACKWARDS:
+                age = -age
+                meets = i_t[:, None] <= i_t[None, :]
+            else:
+                meets = i_t[:, None] >= i_t[None, :]
+            if HAS_FIRST:
+                meets = meets & (document[:, None] == document[None, :])
+            scores *= tl.exp(tl.where(meets, g * age.to(tl.float32), float("-inf")))
+            result = _dot_left(scores, c_t, result, SPLIT, PRECISION)
+            out_at = out + ((row * tokens + here) * heads + head) * DIM_C
+            into = out_at + (i_t[:, None] * (heads * DIM_C) + i_c[None, :])
+            tl.store(into, result.to(out.dtype.element_ty), mask=inside[:, None] & in_c[None, :])
+        weighted = b_t.to(tl.float32) * left[None, :]
+        if b_t.dtype == tl.float32:
+            state = _dot(weighted, c_t, state * whole, PRECISION)
+        else:
+            state = _dot_left(weighted, c_t, state * whole, SPLIT, PRECISION)
+        carried *= whole
+
+    if OUTPUT:
+        if WANT_END:
+            if part == (0 if BACKWARDS else parts - 1):
+                tl.store(ends + both.to(tl.int64) * DIM_A * DIM_C + place, state, mask=in_state)
+    else:
+        tl.store(ends + at * DIM_A * DIM_C + place, state, mask=in_state)
+        if block == 0:
+            tl.store(carries + at, carried)
+
+
+@triton.jit
+def link_kernel(
+    states,  # (B, H, N, SIZE) float32: what each segment adds; becomes the state that it starts with
+    carries,  # (B, H, N) float32
+    given,  # (B, H, SIZE) float32, the state to begin with; without HAS_GIVEN anything
+    parts,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+):
+    both = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < SIZE
+    state = tl.zeros([BLOCK], dtype=tl.float32)
+    if HAS_GIVEN:
+        state += tl.load(given + both * SIZE + i, mask=inside, other=0.0)
+    for n in range(0, parts):
+        at = both * parts + (parts - 1 - n if BACKWARDS else n)
+        added = tl.load(states + at * SIZE + i, mask=inside, other=0.0)
+        tl.store(states + at * SIZE + i, state, mask=inside)
+        state = added + tl.load(carries + at) * state
