@@ -124,7 +124,7 @@ def scan_kernel(
 
     for n in range(0, chunks):
         chunk = chunks - 1 - n if BACKWARDS else n
-        here = begin + chunk.to(tl.int64) * CHUNK
+        here = begin + chunk * CHUNK
         count = tl.minimum(end - here, CHUNK).to(tl.int32)
         inside = i_t < count
         # The clock counts the tokens that decay, up to and with token i: between j and i it ticks clock_i - clock_j.
@@ -178,7 +178,7 @@ def scan_kernel(
         carried *= whole
 
     if OUTPUT:
-        if WANT_END:
+        if WANT_END:  # noqa: SIM102 (decided by the compiler, the next on the device)
             if part == (0 if BACKWARDS else parts - 1):
                 tl.store(ends + both.to(tl.int64) * DIM_A * DIM_C + place, state, mask=in_state)
     else:
