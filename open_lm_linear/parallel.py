@@ -41,6 +41,9 @@ class ParallelConfig:
     """selective keeps the products with weight matrices and recomputes what is cheap."""
     torchcompile: bool = False
     """Compile each block."""
+    linear_backend: str = ""
+    """What computes linear attention: auto, torch, triton, fla or lightning (docs/kernels.md). Empty: what
+    OPEN_LM_LINEAR_BACKEND says, else auto."""
     dist_backend: str = ""
     """nccl or gloo. Empty: nccl on GPUs, gloo on CPUs."""
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from open_lm_linear import checkpoint, faults, gauges, optim, parallel, pretrained, run_folder
+from open_lm_linear.attention.linear import LinearAttention
 from open_lm_linear.averaging import Averagers
 from open_lm_linear.checkpoint import TrainState
 from open_lm_linear.cli import UserError
@@ -23,6 +24,8 @@ from open_lm_linear.fit import choose_heads, fit_output_projections
 from open_lm_linear.metrics import Logger, Window, human_time, log_line, memory_bytes
 from open_lm_linear.model import Transformer
 from open_lm_linear.objectives import LAYERWISE
+from open_lm_linear.ops.backends import use_backend
+from open_lm_linear.ops.check import check_at_start
 from open_lm_linear.parallel import Context
 from open_lm_linear.plan import Plan, architecture
 from open_lm_linear.profiling import Profile
@@ -61,6 +64,7 @@ def train(cfg: Config) -> Path | None:
         resume_from, warning = run_folder.claim(cfg, run, ctx, remote)
         log = _logger(cfg, run, ctx)
         log.say(plan.text())
+        _choose_backend(cfg, model, ctx, log)
         if warning:
             log.say(warning)
 
@@ -198,6 +202,13 @@ def train_stages(stages: Sequence[Config]) -> list[Path]:
             break
         folders.append(folder)
     return folders
+
+
+def _choose_backend(cfg: Config, model: Transformer, ctx: Context, log: Logger) -> None:
+    """Takes the linear attention's backend from the configuration, and checks its kernels where they will run."""
+    use_backend(cfg.parallel.linear_backend)
+    if any(isinstance(module, LinearAttention) for module in model.modules()):
+        check_at_start(ctx.device, log.say)
 
 
 def _logger(cfg: Config, run: Path, ctx: Context) -> Logger:

@@ -22,8 +22,8 @@ from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.attention.base import Attention, Choice, State, Tensor, build_norm, norm_over_heads
 from open_lm_linear.cli import UserError
 from open_lm_linear.feature_maps import NON_NEGATIVE, Activation, FeatureMap, Init, Layout, width
+from open_lm_linear.ops.backends import linear_operator
 from open_lm_linear.ops.constants import constant, numbers
-from open_lm_linear.ops.linear_attention import linear_attention
 from open_lm_linear.rotary import Rotary
 
 GROUP_NORM_EPS = 1e-5
@@ -242,15 +242,13 @@ class LinearAttention(Attention):
         log_decay = self._log_decay(x.device)
         if keep is not None:
             k = k.masked_fill(~keep[:, :, None, None], 0.0)
-            if log_decay is not None:
-                log_decay = log_decay * keep[:, :, None]
         turned_q, turned_k = self.rotary(q, k, positions) if self.config.rotary_at == "features" else (q, k)
-        out, S = linear_attention(turned_q, turned_k, v, log_decay, None if state is None else state.S, first)
+        out, S = linear_operator(turned_q, turned_k, v, log_decay, None if state is None else state.S, first, keep)
         Z = None
         if self.config.normaliser == "sum":
             # The weights' sum is that of unturned features, which are never negative (arXiv 2104.09864, eq. 19).
             before = None if state is None else state.Z
-            weights, Z = linear_attention(q, k, torch.ones_like(v[..., :1]), log_decay, before, first)
+            weights, Z = linear_operator(q, k, torch.ones_like(v[..., :1]), log_decay, before, first, keep)
             out = _wide(out) / _wide(weights).clamp(min=SUM_EPS)
         return self._output(self._normalised(out), x), LinearState(S, Z)
 

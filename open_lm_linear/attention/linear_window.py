@@ -24,7 +24,7 @@ from open_lm_linear.attention.base import Choice, State, Tensor
 from open_lm_linear.attention.linear import SUM_EPS, LinearAttention, LinearState
 from open_lm_linear.attention.window import WindowState, check_window, softmax_options, window_flops
 from open_lm_linear.cli import UserError
-from open_lm_linear.ops.linear_attention import linear_attention
+from open_lm_linear.ops.backends import linear_operator
 from open_lm_linear.ops.window import Line, attend, find_sinks, line_up
 from open_lm_linear.rotary import Rotary
 
@@ -149,15 +149,14 @@ class LinearWindowAttention(LinearAttention):
         log_decay = self._log_decay(number.device)
         if fresh is not None:
             enters = enters & fresh
-            log_decay = None if log_decay is None else log_decay * fresh[..., None]
         starts = number == 0 if documents else None
         _, v, *keys = (x[:, :tokens] for x in line.tokens)
         keys = [k.masked_fill(~enters[..., None, None], 0.0) for k in keys]
         S, Z = (None, None) if state is None else (state.S, state.Z)
-        values, S = linear_attention(queries[0], keys[0], v, log_decay, S, starts)
+        values, S = linear_operator(queries[0], keys[0], v, log_decay, S, starts, fresh)
         if self.config.normaliser != "sum":
             return values, None, LinearState(S)
-        weights, Z = linear_attention(queries[-1], keys[-1], torch.ones_like(v[..., :1]), log_decay, Z, starts)
+        weights, Z = linear_operator(queries[-1], keys[-1], torch.ones_like(v[..., :1]), log_decay, Z, starts, fresh)
         return values, weights, LinearState(S, Z)
 
     def flops_per_token(self, seq_len: int) -> float:

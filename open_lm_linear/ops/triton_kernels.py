@@ -58,50 +58,71 @@ def _dot_right(a, wide, total, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     return total
 
 
+@triton.jit
+def _clocks(first, keep, i_t, count, HAS_FIRST: tl.constexpr, HAS_KEEP: tl.constexpr):
+    """What a chunk's tokens count up to and with themselves: those that decay, and documents that begin."""
+    inside = i_t < count
+    if HAS_KEEP:
+        clock = tl.cumsum(tl.load(keep + i_t, mask=inside, other=0).to(tl.int32), 0)
+        last_clock = tl.max(clock, 0)
+    else:
+        clock, last_clock = i_t + 1, count
+    if HAS_FIRST:
+        document = tl.cumsum(tl.load(first + i_t, mask=inside, other=0).to(tl.int32), 0)
+    else:
+        document = tl.zeros_like(i_t)
+    return clock, last_clock, document
+
+
+@triton.jit
+def _decays(g, clock, last_clock, document, HAS_FIRST: tl.constexpr):
+    """How far the state before the chunk has decayed at each token, each token at the chunk's end, and all of it."""
+    from_start = tl.exp(g * clock.to(tl.float32))
+    to_end = tl.exp(g * tl.maximum(last_clock - clock, 0).to(tl.float32))
+    whole = tl.exp(g * last_clock.to(tl.float32))
+    if HAS_FIRST:
+        last_document = tl.max(document, 0)
+        from_start = tl.where(document == 0, from_start, 0.0)
+        to_end = tl.where(document == last_document, to_end, 0.0)
+        whole = tl.where(last_document == 0, whole, 0.0)
+    return from_start, to_end, whole
+
+
+@triton.jit
+def _within(g, i_t, clock, document, HAS_FIRST: tl.constexpr, BACKWARDS: tl.constexpr):
+    """How far one token of a chunk has decayed as another sees it; 0 where it does not."""
+    age = clock[:, None] - clock[None, :]
+    if BACKWARDS:
+        age = -age
+        meets = i_t[:, None] <= i_t[None, :]
+    else:
+        meets = i_t[:, None] >= i_t[None, :]
+    if HAS_FIRST:
+        meets = meets & (document[:, None] == document[None, :])
+    return tl.exp(tl.where(meets, g * age.to(tl.float32), float("-inf")))
+
+
+# a (B, T, its heads, DIM_A), b (B, T, heads of b and c, DIM_A), c (.., DIM_C): strides of row, token and head; the
+#     last is 1. share_a, share_bc: query heads to one head of a, and of b and c.
+# log_decay (H,) float32; first, keep (B, T) bool, read with HAS_FIRST, HAS_KEEP.
+# starts (B, H, N, DIM_A, DIM_C) float32 with strides s_a, s_c of the last two, read with HAS_START.
+# out (B, T, H, DIM_C) contiguous, written with OUTPUT; then ends is the state after the last segment (B, H, ..).
+# Without OUTPUT, ends is what each segment adds to the state (B, H, N, ..), and carries (B, H, N) the share of its
+#     first state that a segment leaves.
+# fmt: off
 @triton.jit(do_not_specialize=["tokens", "segment"])
 def scan_kernel(
-    a,
-    b,
-    c,  # rows (B, T, their heads, DIM_A), (B, T, heads of b and c, DIM_A), (.., DIM_C); the last stride is 1
-    log_decay,  # (H,) float32
-    first,  # (B, T) bool; without HAS_FIRST anything
-    keep,  # (B, T) bool; without HAS_KEEP anything
-    starts,  # (B, H, N, DIM_A, DIM_C) float32, contiguous but for the last two; without HAS_START anything
-    out,  # (B, T, H, DIM_C), contiguous; not written without OUTPUT
-    ends,  # OUTPUT: the state after the last segment (B, H, ..); else what each segment adds (B, H, N, ..)
-    carries,  # not OUTPUT: (B, H, N) float32, the share of its starting state that a segment leaves
-    tokens,
-    segment,
-    heads,
-    share_a,
-    share_bc,  # query heads to one head of a, and of b and c
-    a_row,
-    a_token,
-    a_head,
-    b_row,
-    b_token,
-    b_head,
-    c_row,
-    c_token,
-    c_head,
-    s_a,
-    s_c,  # strides of a state's two axes
-    DIM_A: tl.constexpr,
-    DIM_C: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    HAS_START: tl.constexpr,
-    WANT_END: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    BACKWARDS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    a, b, c, log_decay, first, keep, starts, out, ends, carries,
+    tokens, segment, heads, share_a, share_bc,
+    a_row, a_token, a_head, b_row, b_token, b_head, c_row, c_token, c_head, s_a, s_c,
+    DIM_A: tl.constexpr, DIM_C: tl.constexpr, BLOCK_A: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_START: tl.constexpr, WANT_END: tl.constexpr,
+    OUTPUT: tl.constexpr, BACKWARDS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    block, part, both = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    parts = tl.num_programs(1)
+    # fmt: on
+    """One block of columns of one head's state along one segment of the sequence."""
+    block, part, both, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     row, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
     begin = part.to(tl.int64) * segment
     end = tl.minimum(begin + segment, tokens)
@@ -112,6 +133,7 @@ def scan_kernel(
     a += row * a_row + (head // share_a) * a_head
     b += row * b_row + (head // share_bc) * b_head
     c += row * c_row + (head // share_bc) * c_head
+    out += (row * tokens * heads + head) * DIM_C
     g = tl.load(log_decay + head)
 
     at = both.to(tl.int64) * parts + part  # of this program's state
@@ -127,54 +149,30 @@ def scan_kernel(
         here = begin + chunk * CHUNK
         count = tl.minimum(end - here, CHUNK).to(tl.int32)
         inside = i_t < count
-        # The clock counts the tokens that decay, up to and with token i: between j and i it ticks clock_i - clock_j.
-        if HAS_KEEP:
-            ticks = tl.load(keep + row * tokens + here + i_t, mask=inside, other=0).to(tl.int32)
-            clock, last_clock = tl.cumsum(ticks, 0), tl.sum(ticks, 0)
-        else:
-            clock, last_clock = i_t + 1, count
-        from_start = tl.exp(g * clock.to(tl.float32))
-        to_end = tl.exp(g * tl.maximum(last_clock - clock, 0).to(tl.float32))
-        whole = tl.exp(g * last_clock.to(tl.float32))
-        if HAS_FIRST:
-            resets = tl.load(first + row * tokens + here + i_t, mask=inside, other=0).to(tl.int32)
-            document, last_document = tl.cumsum(resets, 0), tl.sum(resets, 0)
-            from_start = tl.where(document == 0, from_start, 0.0)
-            to_end = tl.where(document == last_document, to_end, 0.0)
-            whole = tl.where(last_document == 0, whole, 0.0)
+        flags = row * tokens + here
+        clock, last_clock, document = _clocks(first + flags, keep + flags, i_t, count, HAS_FIRST, HAS_KEEP)
+        from_start, to_end, whole = _decays(g, clock, last_clock, document, HAS_FIRST)
         if BACKWARDS:
             seen, left = to_end, from_start
         else:
             seen, left = from_start, to_end
 
         # Wide offsets are for the chunk as a whole: 64 bits for each element would fill the registers.
-        b_at, c_at = b + here * b_token, c + here * c_token
-        b_t = tl.load(b_at + (i_t[None, :] * b_token + i_a[:, None]), mask=in_a[:, None] & inside[None, :], other=0.0)
-        c_t = tl.load(c_at + (i_t[:, None] * c_token + i_c[None, :]), mask=inside[:, None] & in_c[None, :], other=0.0)
+        b_at = b + here * b_token + (i_t[None, :] * b_token + i_a[:, None])
+        c_at = c + here * c_token + (i_t[:, None] * c_token + i_c[None, :])
+        b_t = tl.load(b_at, mask=in_a[:, None] & inside[None, :], other=0.0)  # (DIM_A, CHUNK)
+        c_t = tl.load(c_at, mask=inside[:, None] & in_c[None, :], other=0.0)
         if OUTPUT:
             a_at = a + here * a_token + (i_t[:, None] * a_token + i_a[None, :])
             a_t = tl.load(a_at, mask=inside[:, None] & in_a[None, :], other=0.0)
             nothing = tl.zeros([CHUNK, BLOCK_C], dtype=tl.float32)
             result = _dot_right(a_t, state, nothing, SPLIT, PRECISION) * seen[:, None]
             scores = _dot(a_t, b_t, tl.zeros([CHUNK, CHUNK], dtype=tl.float32), PRECISION)
-            age = clock[:, None] - clock[None, :]
-            if BACKWARDS:
-                age = -age
-                meets = i_t[:, None] <= i_t[None, :]
-            else:
-                meets = i_t[:, None] >= i_t[None, :]
-            if HAS_FIRST:
-                meets = meets & (document[:, None] == document[None, :])
-            scores *= tl.exp(tl.where(meets, g * age.to(tl.float32), float("-inf")))
+            scores *= _within(g, i_t, clock, document, HAS_FIRST, BACKWARDS)
             result = _dot_left(scores, c_t, result, SPLIT, PRECISION)
-            out_at = out + ((row * tokens + here) * heads + head) * DIM_C
-            into = out_at + (i_t[:, None] * (heads * DIM_C) + i_c[None, :])
-            tl.store(into, result.to(out.dtype.element_ty), mask=inside[:, None] & in_c[None, :])
-        weighted = b_t.to(tl.float32) * left[None, :]
-        if b_t.dtype == tl.float32:
-            state = _dot(weighted, c_t, state * whole, PRECISION)
-        else:
-            state = _dot_left(weighted, c_t, state * whole, SPLIT, PRECISION)
+            out_at = out + here * heads * DIM_C + (i_t[:, None] * (heads * DIM_C) + i_c[None, :])
+            tl.store(out_at, result.to(out.dtype.element_ty), mask=inside[:, None] & in_c[None, :])
+        state = _dot_left(b_t.to(tl.float32) * left[None, :], c_t, state * whole, SPLIT, PRECISION)
         carried *= whole
 
     if OUTPUT:

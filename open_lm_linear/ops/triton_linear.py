@@ -19,6 +19,7 @@ from open_lm_linear.ops.triton_kernels import INTERPRETED, link_kernel, scan_ker
 Tensor = torch.Tensor
 
 LIBRARY = "open_lm_linear"
+TUNED_FROM = 1024  # tokens: below, block sizes are not searched for
 SEGMENT = 512  # tokens that a program walks along at least: shorter, and the states cost more than the tokens
 # Whether what a kernel computes itself enters half precision products as the sum of two numbers: twice the products,
 # and errors of 1e-5 in place of 2e-3. Outputs are rounded to half precision anyway; gradients must not drift.
@@ -206,7 +207,7 @@ class _Scan:
         kinds: dict[str, Any] = {
             "DIM_A": dim_a,
             "DIM_C": dim_c,
-            "BLOCK_A": max(16, triton.next_power_of_2(dim_a)),
+            "BLOCK_A": _power_of_2(dim_a),
             "HAS_FIRST": self.first is not None,
             "HAS_KEEP": self.keep is not None,
             "HAS_START": starts is not None,
@@ -221,29 +222,28 @@ class _Scan:
             return triton.cdiv(dim_c, meta["BLOCK_C"]), self.parts, self.batch * self.heads
 
         if INTERPRETED:
-            scan_kernel[grid](*arguments, **kinds, CHUNK=16, BLOCK_C=min(32, max(16, triton.next_power_of_2(dim_c))))
-        else:
-            with torch.cuda.device(b.device):
-                _tuned(dim_c, self.tokens >= 1024)[grid](*arguments, **kinds)
+            scan_kernel[grid](*arguments, **kinds, CHUNK=16, BLOCK_C=min(32, _power_of_2(dim_c)))
+            return
+        with torch.cuda.device(b.device):
+            if self.tokens < TUNED_FROM:
+                scan_kernel[grid](*arguments, **kinds, **_untuned(dim_a, dim_c, b.dtype))
+            else:
+                _tuned(dim_c)[grid](*arguments, **kinds)
 
 
-@functools.lru_cache(maxsize=32)
-def _tuned(dim_c: int, long: bool) -> Any:
-    """The kernel with the block sizes to try; the fastest is found at the first call of each kind and kept.
+def _untuned(dim_a: int, dim_c: int, dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes that fit everywhere, for sequences that are over before a search has paid off."""
+    if dtype == torch.float32:
+        return {"CHUNK": 32, "BLOCK_C": min(32, _power_of_2(dim_c)), "num_warps": 8, "num_stages": 1}
+    return {"CHUNK": 64, "BLOCK_C": min(64, _power_of_2(dim_c)), "num_warps": 4 if dim_a <= 128 else 8, "num_stages": 2}
 
-    Args:
-        long: tells apart the kernels found for long and for short sequences.
-    """
-    widest = max(16, triton.next_power_of_2(dim_c))
-    blocks = [
-        (64, 64, 4, 2),
-        (64, 64, 8, 2),
-        (64, 128, 8, 2),
-        (64, 32, 4, 2),
-        (64, 32, 8, 2),
-        (32, 32, 4, 1),
-        (32, 32, 8, 1),
-    ]
+
+@functools.lru_cache(maxsize=8)
+def _tuned(dim_c: int) -> Any:
+    """The kernel with the block sizes to try; the fastest is found at the first call of each kind and kept."""
+    blocks = [(64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2)]
+    blocks += [(32, 32, 4, 1), (32, 32, 8, 1)]  # for float32 and wide heads, which have no room for more
+    widest = _power_of_2(dim_c)
     tried = dict.fromkeys((chunk, min(block, widest), warps, stages) for chunk, block, warps, stages in blocks)
     configs = [
         triton.Config({"CHUNK": chunk, "BLOCK_C": block}, num_warps=warps, num_stages=stages)
@@ -251,6 +251,11 @@ def _tuned(dim_c: int, long: bool) -> Any:
     ]
     key = ["DIM_A", "DIM_C", "HAS_FIRST", "HAS_KEEP", "OUTPUT", "BACKWARDS", "SPLIT"]
     return triton.autotune(configs, key=key)(scan_kernel)
+
+
+def _power_of_2(dim: int) -> int:
+    """The block that holds so many columns; a matrix product wants at least 16."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _any(x: Tensor | None, other: Tensor) -> Tensor:
