@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from open_lm_linear.architecture import ModelConfig
 
+if not torch.cuda.is_available():  # Triton reads it as it is imported, and torch's compiler may import it first
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # the tensors are small, and a second thread that waits for a busy core costs most
 
 

@@ -20,14 +20,13 @@ from conftest import relative, tiny
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels' module is imported
 
 from open_lm_linear.model import create_model  # noqa: E402
 from open_lm_linear.ops import backends, check  # noqa: E402
 from open_lm_linear.ops.check import Case  # noqa: E402
-from open_lm_linear.ops.linear_attention import chunked  # noqa: E402
-from open_lm_linear.ops.triton_linear import triton_attention, triton_forward  # noqa: E402
+from open_lm_linear.ops.linear_attention import chunked, naive  # noqa: E402
+from open_lm_linear.ops.triton_decoding import step_in_one_launch  # noqa: E402
+from open_lm_linear.ops.triton_linear import triton_attention, triton_forward, triton_step  # noqa: E402
 
 CASES = [
     Case("nothing but tokens", "float32", (2, 35, 2, 2, 16, 16)),
@@ -86,6 +85,30 @@ def test_inputs_may_be_strided_views():
     assert relative(*grads) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 2, 16, 16), (3, 3, 1, 20, 40), (1, 2, 2, 200, 72)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_single_token_in_one_launch(shape, dtype, poisoned):
+    """Against the torch form and torch's norm: with and without a state, a document's beginning, padding."""
+    batch, heads, kv_heads, dim_k, dim_v = shape
+    torch.manual_seed(1)
+    # Slices of a longer sequence: the rows of a token lie apart.
+    q = torch.randn(batch, 3, heads, dim_k, device=DEVICE).to(dtype)[:, :1]
+    k = torch.randn(batch, 3, kv_heads, dim_k, device=DEVICE).to(dtype)[:, 1:2]
+    v = torch.randn(batch, 3, kv_heads, dim_v, device=DEVICE).to(dtype)[:, 2:]
+    decay, state = -torch.rand(heads, device=DEVICE), torch.randn(batch, heads, dim_k, dim_v, device=DEVICE)
+    first = (torch.arange(batch, device=DEVICE) % 2 == 1)[:, None]
+    for given, begins, keep in ((state, None, None), (None, None, None), (state, first, None), (state, None, ~first)):
+        for g in (decay, None):
+            per_token = g if keep is None or g is None else g * keep[:, :, None]
+            exact, exact_state = naive(q, k, v, per_token, given, begins)
+            normed = F.layer_norm(exact, (dim_v,), eps=1e-5)
+            for eps, wanted, kind in ((1e-5, normed, torch.float32), (None, exact, dtype)):
+                out, new = triton_step(q, k, v, g, given, begins, keep, eps)
+                assert (out.dtype, new.dtype) == (kind, torch.float32)
+                assert relative(out, wanted) < (1e-5 if kind == torch.float32 else 1e-2)
+                assert relative(new, exact_state) < 1e-5
+
+
 def test_they_refuse_what_they_cannot_do():
     q, k = torch.zeros(1, 4, 2, 16, device=DEVICE), torch.zeros(1, 4, 1, 16, device=DEVICE)
     with pytest.raises(ValueError, match="bfloat16 or float32"):
@@ -103,6 +126,8 @@ def test_a_compiled_block_has_no_break_and_the_same_values(triton_backend):
     first = torch.zeros(1, 20, dtype=torch.bool, device=DEVICE)
     first[0, 7] = True
     torch.library.opcheck(triton_forward, (q, k, v, decay, state, first, ~first, 16))
+    one = [x[:, :1].detach() for x in (q, k, v)]
+    torch.library.opcheck(step_in_one_launch, (*one, decay, state.detach(), first[:, :1], None, 1e-5))
 
     def block(q, k, v, state):
         out, last = backends.linear_operator(F.relu(q), F.relu(k), v, decay, state, first, ~first)

@@ -243,14 +243,16 @@ class LinearAttention(Attention):
         if keep is not None:
             k = k.masked_fill(~keep[:, :, None, None], 0.0)
         turned_q, turned_k = self.rotary(q, k, positions) if self.config.rotary_at == "features" else (q, k)
-        out, S = linear_operator(turned_q, turned_k, v, log_decay, None if state is None else state.S, first, keep)
+        before = None if state is None else state.S
+        norm_eps = GROUP_NORM_EPS if self.config.normaliser == "group_norm" else None
+        out, S = linear_operator(turned_q, turned_k, v, log_decay, before, first, keep, norm_eps)
         Z = None
         if self.config.normaliser == "sum":
             # The weights' sum is that of unturned features, which are never negative (arXiv 2104.09864, eq. 19).
             before = None if state is None else state.Z
             weights, Z = linear_operator(q, k, torch.ones_like(v[..., :1]), log_decay, before, first, keep)
             out = _wide(out) / _wide(weights).clamp(min=SUM_EPS)
-        return self._output(self._normalised(out), x), LinearState(S, Z)
+        return self._output(out if norm_eps else self._normalised(out), x), LinearState(S, Z)
 
     def _normalised(self, out: Tensor) -> Tensor:
         """Outputs (B, T, H, V) in float32, over what stands for softmax's normaliser, but for the sum."""

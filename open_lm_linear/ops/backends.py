@@ -20,6 +20,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.ops.kernels import call_fla, is_short
@@ -60,11 +61,13 @@ def linear_operator(
     state: Tensor | None = None,
     first: Tensor | None = None,
     keep: Tensor | None = None,
+    norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decayed linear attention by the chosen backend: the arguments and results of `linear_attention.chunked`.
 
     Args:
         keep: (B, T) bool, False at a padded token: there nothing decays. Its key must be 0.
+        norm_eps: GroupNorm with this epsilon, one group a head: the outputs come normalised, in float32.
 
     Raises:
         UserError: the backend that was asked for cannot run these inputs.
@@ -77,7 +80,12 @@ def linear_operator(
         hindrance = why_not(name, q, k, v, log_decay, state, first, keep)
         if hindrance:
             raise UserError(f"linear attention backend {name}: {hindrance}; backend auto or torch runs here.")
-    return run_backend(name, q, k, v, log_decay, state, first, keep)
+    if name == "triton" and q.shape[1] == 1 and not torch.is_grad_enabled():
+        return KERNEL_MODULES["triton"].triton_step(q, k, v, log_decay, state, first, keep, norm_eps)
+    out, last = run_backend(name, q, k, v, log_decay, state, first, keep)
+    if norm_eps is not None:
+        out = F.layer_norm(out.to(torch.promote_types(out.dtype, torch.float32)), out.shape[-1:], eps=norm_eps)
+    return out, last
 
 
 def run_backend(

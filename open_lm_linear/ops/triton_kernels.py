@@ -207,3 +207,45 @@ def link_kernel(
         added = tl.load(states + at * SIZE + i, mask=inside, other=0.0)
         tl.store(states + at * SIZE + i, state, mask=inside)
         state = added + tl.load(carries + at) * state
+
+
+# q, k, v (B, 1, their heads, ..): strides of row and head, the last is 1. state, new (B, H, DIM_K, DIM_V) float32
+#     contiguous, state read with HAS_STATE. first, keep (B,) bool. out (B, H, DIM_V) contiguous.
+# fmt: off
+@triton.jit
+def step_kernel(
+    q, k, v, log_decay, first, keep, state, out, new,
+    heads, share, q_row, q_head, k_row, k_head, v_row, v_head, eps,
+    DIM_K: tl.constexpr, DIM_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_STATE: tl.constexpr, NORM: tl.constexpr,
+):
+    # fmt: on
+    """One token of one head: the state is read, decayed, added to and written; the output normalised with NORM."""
+    both = tl.program_id(0).to(tl.int64)
+    row, head = both // heads, both % heads
+    q += row * q_row + head * q_head
+    k += row * k_row + (head // share) * k_head
+    i_v = tl.arange(0, BLOCK_V)
+    in_v = i_v < DIM_V
+    values = tl.load(v + row * v_row + (head // share) * v_head + i_v, mask=in_v, other=0.0).to(tl.float32)
+    decay = tl.exp(tl.load(log_decay + head))
+    if HAS_KEEP:
+        decay = tl.where(tl.load(keep + row) != 0, decay, 1.0)
+    if HAS_FIRST:
+        decay = tl.where(tl.load(first + row) != 0, 0.0, decay)
+    result = tl.zeros([BLOCK_V], dtype=tl.float32)
+    for begin in range(0, DIM_K, BLOCK_K):
+        i_k = begin + tl.arange(0, BLOCK_K)
+        in_k = i_k < DIM_K
+        place = both * DIM_K * DIM_V + i_k[:, None] * DIM_V + i_v[None, :]
+        inside = in_k[:, None] & in_v[None, :]
+        S = tl.load(k + i_k, mask=in_k, other=0.0).to(tl.float32)[:, None] * values[None, :]
+        if HAS_STATE:
+            S += decay * tl.load(state + place, mask=inside, other=0.0)
+        tl.store(new + place, S, mask=inside)
+        result += tl.sum(tl.load(q + i_k, mask=in_k, other=0.0).to(tl.float32)[:, None] * S, 0)
+    if NORM:
+        result -= tl.sum(result, 0) / DIM_V
+        result = tl.where(in_v, result, 0.0)
+        result *= tl.rsqrt(tl.sum(result * result, 0) / DIM_V + eps)
+    tl.store(out + both * DIM_V + i_v, result.to(out.dtype.element_ty), mask=in_v)

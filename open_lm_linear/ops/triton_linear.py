@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import triton
 
+from open_lm_linear.ops.triton_decoding import triton_step
 from open_lm_linear.ops.triton_kernels import INTERPRETED, link_kernel, scan_kernel
+
+__all__ = ["INTERPRETED", "triton_attention", "triton_step"]  # what `backends` takes from here
 
 Tensor = torch.Tensor
 
