@@ -163,6 +163,8 @@ def why_not(
 @torch.compiler.assume_constant_result
 def missing(name: str, gpu: bool) -> str:
     """What a backend lacks on this machine, in words; empty where it is there."""
+    if name == "torch":
+        return ""
     if not gpu and name != "triton":
         return "it needs a GPU"
     error = _import_error(name)

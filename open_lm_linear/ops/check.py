@@ -187,7 +187,7 @@ def present_backends(device: torch.device) -> tuple[str, ...]:
     """Those that run on a device."""
     from open_lm_linear.ops.backends import BACKENDS, missing
 
-    return tuple(n for n in BACKENDS[1:] if n == "torch" or not missing(n, device.type == "cuda"))
+    return tuple(n for n in BACKENDS[1:] if not missing(n, device.type == "cuda"))
 
 
 def check_at_start(device: torch.device, say: Callable[[str], None]) -> None:
@@ -243,7 +243,7 @@ def main() -> None:
     for name in options.backends:
         if name not in BACKENDS[1:]:
             raise UserError(f"unknown backend {name!r}; there are: {cli.nearest(name, BACKENDS[1:])}.")
-        if name != "torch" and missing(name, device.type == "cuda"):
+        if missing(name, device.type == "cuda"):
             raise UserError(f"backend {name}: {missing(name, device.type == 'cuda')}.")
     backends = options.backends or present_backends(device)
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
