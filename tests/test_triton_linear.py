@@ -109,6 +109,15 @@ def test_a_single_token_in_one_launch(shape, dtype, poisoned):
                 assert relative(new, exact_state) < 1e-5
 
 
+def test_a_state_from_inference_may_go_on_to_a_gradient():
+    q, k, v = (torch.randn(1, 4, 1, 16, device=DEVICE) for _ in range(3))
+    with torch.inference_mode():
+        _, state = triton_attention(q, k, v)
+    q.requires_grad_()
+    triton_attention(q, k, v, None, state)[0].sum().backward()
+    assert relative(q.grad[0, 0, 0], state[0, 0].sum(1) + k[0, 0, 0] * v[0, 0].sum()) < 1e-5
+
+
 def test_they_refuse_what_they_cannot_do():
     q, k = torch.zeros(1, 4, 2, 16, device=DEVICE), torch.zeros(1, 4, 1, 16, device=DEVICE)
     with pytest.raises(ValueError, match="bfloat16 or float32"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 
@@ -55,7 +53,7 @@ def step_in_one_launch(
     block_v = triton.next_power_of_2(v.shape[3])
     strides = (stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2)))
     flags = (q if x is None else x for x in (first, keep, state))
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(q):
         step_kernel[(batch * heads,)](
             *(q, k, v, log_decay, *flags, out, new, heads, heads // k.shape[2], *strides, eps),
             DIM_K=dim_k,

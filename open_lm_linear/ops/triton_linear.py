@@ -61,7 +61,11 @@ def triton_attention(
         log_decay = torch.zeros(q.shape[2], device=q.device)
     if log_decay.dim() != 1 or (log_decay.requires_grad and torch.is_grad_enabled()):
         raise ValueError("the Triton kernels take one decay a head, fixed: the torch form has all others")
-    return triton_forward(q, k, v, log_decay.float(), None if state is None else state.float(), first, keep, segment)
+    if state is not None:
+        state = state.float()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and state.is_inference():
+            state = state.clone()  # as it is, no graph may keep it
+    return triton_forward(q, k, v, log_decay.float(), state, first, keep, segment)
 
 
 @torch.library.custom_op(f"{LIBRARY}::linear_attention", mutates_args=())
@@ -78,10 +82,10 @@ def triton_forward(
     """Outputs and last state; the arguments of `triton_attention`."""
     q, k, v = (_rows_together(x) for x in (q, k, v))
     scan = _Scan(q, log_decay, first, keep, segment or _segment(q, v), SPLIT_FORWARD)
-    starts = scan.starts(k, v, state, backwards=False)
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     last = _empty_state(q, v)
-    scan.run(q, k, v, starts, out, last)
+    with torch.cuda.device_of(q):
+        scan.run(q, k, v, scan.starts(k, v, state, backwards=False), out, last)
     return out, last
 
 
@@ -106,13 +110,14 @@ def triton_backward(
     """Gradients by q, k, v and the state that there was before the first token."""
     q, k, v, dout = (_rows_together(x) for x in (q, k, v, dout))
     scan = _Scan(q, log_decay, first, keep, segment or _segment(q, v), SPLIT_BACKWARD)
-    before = scan.starts(k, v, state, backwards=False)
-    after = scan.starts(q, dout, dlast.contiguous(), backwards=True)
     dq, dstate = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_state(q, v)
     dk, dv = (scan.per_query_head(x) for x in (k, v))
-    scan.run(dout, v, k, before, dq, turned=True)
-    scan.run(k, q, dout, after, dv, dstate, backwards=True)
-    scan.run(v, dout, q, after, dk, backwards=True, turned=True)
+    with torch.cuda.device_of(q):
+        before = scan.starts(k, v, state, backwards=False)
+        after = scan.starts(q, dout, dlast, backwards=True)
+        scan.run(dout, v, k, before, dq, turned=True)
+        scan.run(k, q, dout, after, dv, dstate, backwards=True)
+        scan.run(v, dout, q, after, dk, backwards=True, turned=True)
     return dq, scan.summed(dk, k), scan.summed(dv, v), dstate
 
 
@@ -226,12 +231,10 @@ class _Scan:
 
         if INTERPRETED:
             scan_kernel[grid](*arguments, **kinds, CHUNK=16, BLOCK_C=min(32, _power_of_2(dim_c)))
-            return
-        with torch.cuda.device(b.device):
-            if self.tokens < TUNED_FROM:
-                scan_kernel[grid](*arguments, **kinds, **_untuned(dim_a, dim_c, b.dtype))
-            else:
-                _tuned(dim_c)[grid](*arguments, **kinds)
+        elif self.tokens < TUNED_FROM:
+            scan_kernel[grid](*arguments, **kinds, **_untuned(dim_a, dim_c, b.dtype))
+        else:
+            _tuned(dim_c)[grid](*arguments, **kinds)
 
 
 def _untuned(dim_a: int, dim_c: int, dtype: torch.dtype) -> dict[str, int]:
