@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import relative, tiny
 
+from open_lm_linear import train
 from open_lm_linear.cli import UserError
+from open_lm_linear.config import from_cli
 from open_lm_linear.model import create_model
 from open_lm_linear.ops import backends
 from open_lm_linear.ops.linear_attention import chunked, naive
@@ -42,6 +44,14 @@ def test_flag_beats_environment_beats_auto(monkeypatch):
     monkeypatch.setenv(backends.BACKEND_VARIABLE, "cuda")
     with pytest.raises(UserError, match="OPEN_LM_LINEAR_BACKEND=cuda"):
         backends.linear_operator(*inputs())
+
+
+def test_training_takes_the_flag():
+    flags = ["--model", "open_lm_11m", "--dataset-type", "synthetic", "--train-num-samples", "8"]
+    for more, name in ((["--linear-backend", "torch"], "torch"), ([], "auto")):
+        cfg = from_cli([*flags, *more])
+        train._choose_backend(cfg, create_model(tiny()), SimpleNamespace(device=torch.device("cpu")), None)
+        assert backends.chosen_backend() == name
 
 
 @pytest.mark.parametrize("name", ["fla", "lightning"])
