@@ -50,7 +50,8 @@ def test_training_takes_the_flag():
     flags = ["--model", "open_lm_11m", "--dataset-type", "synthetic", "--train-num-samples", "8"]
     for more, name in ((["--linear-backend", "torch"], "torch"), ([], "auto")):
         cfg = from_cli([*flags, *more])
-        train._choose_backend(cfg, create_model(tiny()), SimpleNamespace(device=torch.device("cpu")), None)
+        ctx, log = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(say=print)
+        train._choose_backend(cfg, create_model(tiny()), ctx, log)
         assert backends.chosen_backend() == name
 
 
