@@ -149,7 +149,7 @@ def token_loop(q: Any, k: Any, v: Any, log_decay: Any = None, state: Any = None,
 
 def by(operator: Callable[..., Any]) -> Any:
     """Linear attention computed by another operator for as long as the block runs."""
-    return mock.patch("open_lm_linear.attention.linear.linear_attention", operator)
+    return mock.patch("open_lm_linear.ops.backends.linear_attention", operator)
 
 
 def small_model(bench: Bench, dtype: str) -> Transformer:

@@ -25,6 +25,7 @@ from open_lm_linear.objectives import ObjectiveConfig
 from open_lm_linear.optim import OptimConfig
 from open_lm_linear.parallel import ParallelConfig
 from open_lm_linear.retired import RETIRED
+from open_lm_linear.stages import stage_folder
 
 PROG = "python -m open_lm_linear.main"
 DESCRIPTION = "Train a model: from scratch, or uptrain a pretrained one with its attention swapped."
@@ -145,7 +146,7 @@ def stages_from_cli(argv: Sequence[str] | None = None) -> list[Config]:
         values = {str(k).replace("-", "_"): v for k, v in stage.items()}
         label = str(values.pop("stage_name", number))
         cfg = _from_values(argv, {**file, **values})
-        run = dataclasses.replace(cfg.run, logs=str(cfg.folder), name=f"stage_{number}_{label}")
+        run = dataclasses.replace(cfg.run, logs=str(cfg.folder), name=stage_folder(number, label))
         model, objective = cfg.model, cfg.objective
         if found:  # what the first stage swapped in stays
             model = dataclasses.replace(model, pretrained=str(found[-1].folder), model="", attn={})

@@ -65,6 +65,8 @@ class Plan:
         for flag, tokens in (("--init-tokens", cfg.run.init_tokens), ("--fit-tokens", cfg.run.fit_tokens)):
             if tokens and not (source is not None and pretrained.is_swap(model, source)):
                 raise UserError(f"{flag} fits a swapped attention to its teacher: give --pretrained and --attn-name.")
+        if cfg.run.init_tokens and not any(block.attention.choices() for block in model.blocks()):
+            raise UserError(f"--init-tokens: heads of {model.config.attn_name} have nothing to choose; leave it out.")
         sizes = {n: p.numel() for n, p in model.named_parameters()}
         swapped = source is not None and pretrained.is_swap(model, source)
         new = tuple(sorted(model.new_keys() if swapped else source.untrained if source else ()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import tyro
 
 from open_lm_linear.cli import UserError, command, parse
 from open_lm_linear.evaluation.tables import Table
+from open_lm_linear.objectives import LAYERWISE
+from open_lm_linear.stages import stage_folders
 
 EVALUATION = "evaluation.json"
 PAPER_TOKENS = (20_000_000_000, 100_000_000_000)  # arXiv 2405.06640, the range of its uptraining
@@ -32,12 +34,13 @@ LABELS = {
     "fitted": "swapped and fitted, untrained",
     "uptrained": "uptrained (RNN)",
 }
-COLOURS = {"teacher": "#4b5d78", "swapped": "#9a9a9a", "uptrained": "#d1602b"}
+COLOURS = {"teacher": "#4b5d78", "swapped": "#9a9a9a", "uptrained": "#d1602b", "beside": "#7a5ba6"}
 # Settings that the report names; the run's config.yaml has all of them.
 SETTINGS = (
     *("pretrained", "attn_name", "feature_map", "feature_map_init", "feature_dim", "use_decay", "use_retnet_slopes"),
     *(
         "decay_start",
+        "loss",
         "init_tokens",
         "fit_tokens",
         "train_params",
@@ -52,6 +55,7 @@ SETTINGS = (
     *("beta1", "beta2", "eps", "grad_clip_norm", "z_loss_coefficient", "train_data", "dataset_manifest"),
     *("global_batch_size", "accum_freq", "seq_len", "train_num_samples", "epochs", "precision", "seed"),
 )
+OF_THE_START = ("pretrained", "attn_name", "feature_map", "feature_map_init", "init_tokens", "fit_tokens")
 
 
 def report(run: Path) -> dict[str, Any]:
@@ -76,19 +80,21 @@ def report(run: Path) -> dict[str, Any]:
 def gather(run: Path) -> dict[str, Any]:
     """Everything the report says, as JSON.
 
-    Keys: run, settings, training (steps, tokens, seconds, final_loss, curve, held_out), evaluation (the file whole),
-    comparison (ratios of perplexities), paper (tokens, share).
+    Keys: run, settings, training (steps, tokens, seconds, final_loss, curve, held_out), beside (the same of other runs
+    by name), evaluation (the file whole), comparison (ratios of perplexities), paper (tokens, share).
     """
     if not run.is_dir():
         raise UserError(f"no run folder at {run}.")
     if not (run / EVALUATION).is_file():
         raise UserError(f"{run} is not measured yet: `python -m open_lm_linear.evaluate --run {run}` does that.")
     evaluation = _read_json(run / EVALUATION)
-    training = _training(_read_lines(run / "metrics.jsonl"), _read_lines(run / "results.jsonl"))
+    stages = stage_folders(run)
+    training = _training(stages)
     facts: dict[str, Any] = {
         "run": str(run),
-        "settings": _settings(_read_yaml(run / "config.yaml"), evaluation.get("model", {})),
+        "settings": _settings([_read_yaml(stage / "config.yaml") for stage in stages], evaluation.get("model", {})),
         "training": training,
+        "beside": {Path(other).name: _training(stage_folders(Path(other))) for other in evaluation.get("beside", [])},
         "evaluation": evaluation,
         "comparison": _comparison(evaluation),
         "paper": {"tokens": list(PAPER_TOKENS), "command": GOOD_MODEL},
@@ -98,19 +104,26 @@ def gather(run: Path) -> dict[str, Any]:
     return facts
 
 
-def _training(metrics: list[dict[str, Any]], results: list[dict[str, Any]]) -> dict[str, Any]:
-    curve = [(row["tokens"], row["loss"]) for row in metrics if "tokens" in row and row.get("loss") is not None]
-    held_out = [(row["tokens"], row["loss"]) for row in results if "tokens" in row and row.get("loss") is not None]
-    last = metrics[-1] if metrics else {}
-    return {
-        "steps": last.get("step"),
-        "tokens": last.get("tokens"),
-        "seconds": _seconds(metrics),
-        "final_loss": curve[-1][1] if curve else None,
-        "fitted": next((_as_perplexity(row) for row in results if row.get("fitted")), None),
-        "curve": curve,
-        "held_out": held_out,
-    }
+def _training(stages: Sequence[Path]) -> dict[str, Any]:
+    """Steps, tokens and losses of all stages, one behind the other; a loss is cross entropy whatever was minimised."""
+    found: dict[str, Any] = {"steps": 0, "tokens": 0, "seconds": 0.0, "final_loss": None, "curve": [], "held_out": []}
+    fitted = None
+    for stage in stages:
+        metrics, results = _read_lines(stage / "metrics.jsonl"), _read_lines(stage / "results.jsonl")
+        before = found["tokens"]
+        for row in metrics:
+            entropy = row.get("loss_ce", None if any(name in row for name in LAYERWISE) else row.get("loss"))
+            if "tokens" in row and entropy is not None:
+                found["curve"].append((before + row["tokens"], entropy))
+        found["held_out"] += [(before + row["tokens"], row["loss"]) for row in results if row.get("loss") is not None]
+        fitted = fitted or next((_as_perplexity(row) for row in results if row.get("fitted")), None)
+        last, seconds = metrics[-1] if metrics else {}, _seconds(metrics)
+        found["steps"] += last.get("step") or 0
+        found["tokens"] += last.get("tokens") or 0
+        found["seconds"] = None if seconds is None or found["seconds"] is None else found["seconds"] + seconds
+    if found["curve"]:
+        found["final_loss"] = found["curve"][-1][1]
+    return {**found, "fitted": fitted}
 
 
 def _as_perplexity(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,10 +149,19 @@ def _seconds(metrics: list[dict[str, Any]]) -> float | None:
     return total or None
 
 
-def _settings(config: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of ``SETTINGS`` from the run's config, and where it is silent from the model that came of it."""
-    flat = {**model, **{k: v for k, v in config.items() if v is not None}}
-    return {name: flat[name] for name in SETTINGS if flat.get(name) not in (None, "", [])}
+def _settings(configs: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``SETTINGS`` from the run's config, and where it is silent from the model that came of it.
+
+    Where stages differ, all of their values in a list, but for what the first alone is given: where it began.
+    """
+    flats = [{**model, **{k: v for k, v in config.items() if v is not None}} for config in configs]
+    found = {}
+    for name in SETTINGS:
+        values = [flat.get(name) for flat in flats[: 1 if name in OF_THE_START else None]]
+        value = values[0] if all(v == values[0] for v in values) else values
+        if value not in (None, "", []):
+            found[name] = value
+    return found
 
 
 def _comparison(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -216,12 +238,22 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
             + f". The paper (arXiv 2405.06640) used {low} to {high} billion: this is {of_low} of the lower number and "
             f"{of_high} of the higher."
         )
-    if training["fitted"]:
-        found.append(
-            f"Before the first step the output projections were fitted in closed form to the teacher's attention on "
-            f"{facts['settings']['fit_tokens']:,} tokens (--fit-tokens), which the paper does not do; all else is its "
-            "recipe."
-        )
+    settings = facts["settings"]
+    ways = {
+        "init_tokens": "every head's decay and feature map were chosen by the teacher's head",
+        "fit_tokens": "the output projections were fitted in closed form to the teacher's attention",
+    }
+    started = [
+        f"{way} on {settings[name]:,} tokens (--{name.replace('_', '-')})"
+        for name, way in ways.items()
+        if settings.get(name)
+    ]
+    if started:
+        found.append(f"Before the first step {', and '.join(started)}; the paper does not do that.")
+    for name, other in facts["beside"].items():
+        if other["held_out"]:
+            tokens, loss = other["held_out"][-1]
+            found.append(f"Beside it the run {name} stood at {loss:.4f} held-out nats after {tokens:,} tokens.")
     part = facts["evaluation"].get("decoding")
     if part:
         found += _growth(part)
@@ -339,8 +371,14 @@ def plot(run: Path, facts: Mapping[str, Any]) -> list[str]:
 def _loss_figure(plt: Any, facts: Mapping[str, Any]) -> Any:
     training = facts["training"]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    tokens, losses = zip(*training["curve"], strict=True)
-    axes.plot(tokens, losses, color=COLOURS["uptrained"], lw=1.2, alpha=0.75, label="training loss")
+    axes.plot(
+        *zip(*training["curve"], strict=True), color=COLOURS["uptrained"], lw=1.2, alpha=0.75, label="training loss"
+    )
+    for name, other in facts["beside"].items():
+        for points, style in ((other["curve"], "-"), (other["held_out"], "s--")):
+            if points:
+                label = f"{name}, {'training' if style == '-' else 'held-out'}"
+                axes.plot(*zip(*points, strict=True), style, color=COLOURS["beside"], lw=1.2, ms=4, label=label)
     models = facts["evaluation"].get("perplexity", {}).get("models", {})
     for name, x, side in (("swapped", 0.995, "right"), ("teacher", 0.005, "left")):  # where the curve is not
         level = models.get(name, {}).get("nats_per_token")

@@ -15,7 +15,6 @@ from open_lm_linear import checkpoint, faults, gauges, optim, parallel, pretrain
 from open_lm_linear.attention.linear import LinearAttention
 from open_lm_linear.averaging import Averagers
 from open_lm_linear.checkpoint import TrainState
-from open_lm_linear.cli import UserError
 from open_lm_linear.config import Config
 from open_lm_linear.data import masks, stream
 from open_lm_linear.distillation import Objective, objective_of
@@ -283,11 +282,7 @@ def _fit(model: Transformer, source: pretrained.Source, cfg: Config, ctx: Contex
 
     if cfg.run.init_tokens:
         began, taken = time.perf_counter(), batches(cfg.run.init_tokens)
-        likeness = torch.tensor(choose_heads(model, teacher, taken, ctx)).reshape(-1, 2).T
-        if not likeness.numel():
-            raise UserError(
-                f"--init-tokens: the heads of {model.config.attn_name} have nothing to choose; leave it out."
-            )
+        likeness = torch.tensor(choose_heads(model, teacher, taken, ctx)).T
         log.say(
             f"chose the start of the heads of {likeness.shape[1]} layers on {spent(began, taken)}: up to a factor they "
             f"explain {likeness[1].mean():.0%} of what the teacher's heads give, {likeness[0].mean():.0%} before"

@@ -173,6 +173,32 @@ def test_the_report_says_what_was_measured(tmp_path: Path, capsys) -> None:
     assert "mistral_7b_supra_100b.yaml" in text and "sea | sea sea" in text
 
 
+def test_a_report_of_stages_beside_another_run(tmp_path: Path) -> None:
+    """Losses are cross entropies, tokens go on counting, and what stages have in common is said once."""
+    run, other = tmp_path / "demo", run_folder(tmp_path / "supra")
+    run.mkdir()
+    for number, label in enumerate(("align", "distil")):
+        stage = run_folder(run / f"stage_{number}_{label}")
+        lines = (stage / "metrics.jsonl").read_text().splitlines()[:60]
+        rows = [json.loads(line) | {"align": 0.5} if number == 0 else json.loads(line) for line in lines]
+        rows = [row if number == 0 else row | {"loss": 0.7, "loss_ce": row["loss"]} for row in rows]
+        (stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with (stage / "config.yaml").open("a") as file:
+            file.write(f"loss: ['{label}=1']\ninit_tokens: {1024 * (1 - number)}\n")
+    (run / "evaluation.json").write_text(json.dumps(evaluated() | {"beside": [str(other)]}))
+    facts = reporting.gather(run)
+    training = facts["training"]
+    assert (training["tokens"], training["steps"], training["seconds"]) == (120_000, 120, 600.0)
+    assert training["curve"][0] == (61_000, 8.9) and len(training["curve"]) == 60  # an align stage has none
+    assert training["held_out"] == [(0, 10.5), (60_000, 3.1), (60_000, 10.5), (120_000, 3.1)]
+    assert facts["settings"]["loss"] == [["align=1"], ["distil=1"]] and facts["settings"]["lr"] == 3e-4
+    assert facts["settings"]["init_tokens"] == 1024
+    assert facts["beside"]["supra"]["held_out"][-1] == (60_000, 3.1)
+    text = reporting.markdown(facts)
+    assert "every head's decay and feature map were chosen by the teacher's head on 1,024 tokens" in text
+    assert "the run supra stood at 3.1000 held-out nats after 60,000 tokens" in text
+
+
 def test_a_report_of_some_parts_only(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "demo")
     (run / "evaluation.json").write_text(json.dumps({"machine": {}, "seconds": {}}))

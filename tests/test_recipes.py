@@ -54,7 +54,8 @@ PAPER: dict[str, tuple[int, float, str, str]] = {
     "open_lm_1b_two_step, stage 1": (10**10, 3e-4, "all", "open_lm_1b"),
 }
 WARMUP = {"mamba_7b_scratch_1200b": 2000}  # by the card of the published model; the others have 1000
-OURS = {"demo", "llama3_8b_supra_20b", "smollm2_supra", "smollm2_hedgehog, stage 0", "smollm2_hedgehog, stage 1"}
+OURS = {"demo_supra", "llama3_8b_supra_20b", "smollm2_supra"}
+OURS |= {f"{name}, stage {i}" for name in ("demo", "smollm2_hedgehog") for i in (0, 1)}
 LIKE = {**{name: row[3] for name, row in PAPER.items()}, **dict.fromkeys(OURS, "mistral_7b")}  # what is made small
 
 

@@ -244,15 +244,20 @@ class LinearAttention(Attention):
             k = k.masked_fill(~keep[:, :, None, None], 0.0)
         turned_q, turned_k = self.rotary(q, k, positions) if self.config.rotary_at == "features" else (q, k)
         before = None if state is None else state.S
+        if self.config.normaliser == "sum":
+            ones, sums = torch.ones_like(v[..., :1]), None if state is None else state.Z
+            if turned_q is q and state is None and not x.is_cuda:
+                # One more value, always 1, has the weights summed on the way; a GPU's kernels want powers of two.
+                both, after = linear_operator(q, k, torch.cat((v, ones), -1), log_decay, None, first, keep)
+                (out, weights), (S, Z) = (z.split((v.shape[-1], 1), -1) for z in (both, after))
+            else:
+                # The weights' sum is that of unturned features, which are never negative (arXiv 2104.09864, eq. 19).
+                out, S = linear_operator(turned_q, turned_k, v, log_decay, before, first, keep)
+                weights, Z = linear_operator(q, k, ones, log_decay, sums, first, keep)
+            return self._output(_wide(out) / _wide(weights).clamp(min=SUM_EPS), x), LinearState(S, Z)
         norm_eps = GROUP_NORM_EPS if self.config.normaliser == "group_norm" else None
         out, S = linear_operator(turned_q, turned_k, v, log_decay, before, first, keep, norm_eps)
-        Z = None
-        if self.config.normaliser == "sum":
-            # The weights' sum is that of unturned features, which are never negative (arXiv 2104.09864, eq. 19).
-            before = None if state is None else state.Z
-            weights, Z = linear_operator(q, k, torch.ones_like(v[..., :1]), log_decay, before, first, keep)
-            out = _wide(out) / _wide(weights).clamp(min=SUM_EPS)
-        return self._output(out if norm_eps else self._normalised(out), x), LinearState(S, Z)
+        return self._output(out if norm_eps else self._normalised(out), x), LinearState(S)
 
     def _normalised(self, out: Tensor) -> Tensor:
         """Outputs (B, T, H, V) in float32, over what stands for softmax's normaliser, but for the sum."""

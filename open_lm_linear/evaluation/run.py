@@ -26,6 +26,7 @@ from open_lm_linear.data.stream import DataConfig
 from open_lm_linear.decoding import CONTEXTS, decoding
 from open_lm_linear.evaluation.estimates import ratio
 from open_lm_linear.parallel import resolve_device
+from open_lm_linear.stages import stage_folders
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +176,9 @@ class RunArgs:
     """Measure a run: held-out perplexity, decoding at growing context, samples; then report."""
 
     run: str = ""
-    """The run folder."""
+    """The run folder; of a run with stages the one that holds them."""
+    beside: tuple[str, ...] = ()
+    """Other runs' folders, whose losses the report draws beside this one's."""
     val_data: tuple[str, ...] = ()
     """Held-out data, as the trainer's --val-data. Not given: the run's."""
     max_val_tokens: int | None = None
@@ -198,7 +201,12 @@ Loader = Callable[["torch.dtype"], "Transformer"]
 
 
 def loaders(run: Path, cfg: Config, device: torch.device) -> dict[str, Loader]:
-    """How to load what is compared: teacher (where the run began from one), swapped (before step 0) and uptrained."""
+    """How to load what is compared: teacher (where the run began from one), swapped (before step 0) and uptrained.
+
+    Args:
+        run: the folder of the run or of its last stage.
+        cfg: what it began with, which in a run with stages is the first one's.
+    """
     from open_lm_linear import pretrained
 
     def teacher(dtype: torch.dtype) -> Transformer:
@@ -225,10 +233,15 @@ def evaluate_run(args: RunArgs, device: str = "auto") -> dict[str, Any]:
     from open_lm_linear import config
 
     run = Path(args.run)
-    cfg = config.read_run_config(run)
+    stages = stage_folders(run)
+    cfg = config.read_run_config(stages[-1])
     place = resolve_device(device)
-    load = loaders(run, cfg, place)
+    load = loaders(stages[-1], config.read_run_config(stages[0]), place)
     result: dict[str, Any] = {"format_version": 1, "run": str(run), "machine": machine(place), "seconds": {}}
+    if args.beside:
+        for other in args.beside:
+            config.read_run_config(stage_folders(Path(other))[0])  # is it a run?
+        result["beside"] = list(args.beside)
     begin = time.perf_counter()
 
     def clock(part: str) -> None:
@@ -248,7 +261,7 @@ def evaluate_run(args: RunArgs, device: str = "auto") -> dict[str, Any]:
             result["decoding"] = _decodings(pair, args, place)
             clock("decoding")
         if "samples" not in args.skip:
-            result["samples"] = _samples(pair, run, args)
+            result["samples"] = _samples(pair, stages[-1], args)
             clock("samples")
     write_json(run / FILE, result)
     return result
@@ -288,7 +301,7 @@ def _perplexities(load: Mapping[str, Loader], cfg: Config, args: RunArgs) -> dic
 
 def _of_the_trainer(name: str, cfg: Config, args: RunArgs) -> Perplexity | None:
     """What the trainer measured itself, before the first and after the last step, on the same data and precision."""
-    path = Path(args.run) / "results.jsonl"
+    path = stage_folders(Path(args.run))[0 if name == "swapped" else -1] / "results.jsonl"
     if (
         name == "teacher"
         or len(cfg.data.val_data) != 1

