@@ -188,13 +188,15 @@ def train(cfg: Config) -> Path | None:
 def train_stages(stages: Sequence[Config]) -> list[Path]:
     """Trains a run's stages one after the other, each on the weights and the data that the one before left behind.
 
+    A stage with data of its own, such as longer texts, begins at their first sample.
     With ``resume: latest`` stages that are over are passed by, so the same command goes on after any interruption.
     """
     folders: list[Path] = []
     for number, cfg in enumerate(stages):
         if folders:
             done = checkpoint.require_whole(checkpoint.latest(folders[-1]))
-            cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, first_sample=done["samples"]))
+            seen = done["samples"] if _sources(cfg) == _sources(stages[len(folders) - 1]) else 0
+            cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, first_sample=seen))
         folder = train(cfg)
         if folder is None:
             print(f"dry run: the stages after number {number} begin with weights that are not there yet")
@@ -208,6 +210,10 @@ def _choose_backend(cfg: Config, model: Transformer, ctx: Context, log: Logger) 
     use_backend(cfg.parallel.linear_backend)
     if any(isinstance(module, LinearAttention) for module in model.modules()):
         check_at_start(ctx.device, log.say)
+
+
+def _sources(cfg: Config) -> tuple[str, ...]:
+    return cfg.data.train_data + cfg.data.dataset_manifest
 
 
 def _logger(cfg: Config, run: Path, ctx: Context) -> Logger:

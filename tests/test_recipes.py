@@ -55,7 +55,8 @@ PAPER: dict[str, tuple[int, float, str, str]] = {
 }
 WARMUP = {"mamba_7b_scratch_1200b": 2000}  # by the card of the published model; the others have 1000
 OURS = {"demo_supra", "llama3_8b_supra_20b", "smollm2_supra"}
-OURS |= {f"{name}, stage {i}" for name in ("demo", "smollm2_hedgehog") for i in (0, 1)}
+OURS |= {f"{name}, stage {i}" for name in ("demo", "smollm2_hedgehog", "smollm2_hedgehog_decay") for i in (0, 1)}
+OURS |= {"smollm2_hedgehog_decay, stage 2"}
 LIKE = {**{name: row[3] for name, row in PAPER.items()}, **dict.fromkeys(OURS, "mistral_7b")}  # what is made small
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,8 @@ from test_train import data, words  # noqa: F401 (data is a fixture)
 from open_lm_linear.checkpoint import latest, require_whole
 from open_lm_linear.cli import UserError
 from open_lm_linear.config import from_cli, stages_from_cli
+from open_lm_linear.data.manifest import Shard, write_manifest
+from open_lm_linear.data.shards import write_shard
 from open_lm_linear.train import train, train_stages
 
 STAGES = [
@@ -62,6 +65,30 @@ def test_stages_go_on_after_an_interruption(tmp_path: Path, data: Path) -> None:
     assert require_whole(latest(folders[1]))["samples"] == 40
     steps = [json.loads(line)["step"] for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]  # the first stage was over, and was not trained again
+
+
+def test_a_stage_on_longer_texts_begins_with_their_first_sample(tmp_path: Path, data: Path) -> None:  # noqa: F811
+    """A long-context stage: its own data and sequence length, the weights of the stage before, resumable."""
+    rows = (np.arange(4)[:, None] + 3 * np.arange(49)) % 64
+    write_shard(tmp_path / "long.tar", rows)
+    card = {"vocab_size": 64, "seq_len": 48, "tokenizer": "toy"}
+    write_manifest(tmp_path / "long.jsonl", [Shard(str(tmp_path / "long.tar"), 4)], card)
+    long = {"stage_name": "long", "train_num_samples": 48 * 4, "epochs": 1, "lr": 1e-3, "seq_len": 48}
+    long |= {"train_data": str(tmp_path / "long.jsonl"), "global_batch_size": 2}
+    given = command(tmp_path, data, [STAGES[0], long], "--resume", "latest")
+    for flag in ("--train-data", "--global-batch-size"):  # flags beat the file
+        at = given.index(flag)
+        del given[at : at + 2]
+    file = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    file["stages"][0] |= {"train_data": str(data), "global_batch_size": 8}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
+    first, second = train_stages(stages_from_cli(given))
+    assert require_whole(latest(first))["samples"] == 16
+    end = require_whole(latest(second))
+    assert (end["samples"], end["step"], end["tokens"]) == (4, 2, 2 * 2 * 48)
+    taken = [json.loads(line) for line in (second / "samples.jsonl").read_text().splitlines()]
+    assert [row["first_sample"] for row in taken] == [0, 2]
+    assert train_stages(stages_from_cli(given)) == [first, second]  # nothing is left to do
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def _window_of(arm: Arm | None) -> tuple[int, int, Flags, tuple[Flags, ...]]:
     options: Any = options_class("linear_window")
     given = {**attention.PRESETS.get(arm.flags["attn_name"], ("", {}))[1], **arm.flags}
     of_attention = {field.name for field in dataclasses.fields(options)} | {"attn_name", "train_params"}
+    of_attention |= {"init_tokens", "fit_tokens"}  # a window alone has nothing to choose or to fit
     shared = {k: v for k, v in arm.flags.items() if k not in of_attention}
     kept = [stage for stage in arm.stages if stage.get("train_params", arm.flags.get("train_params")) != "new"]
     total = sum(stage.get("share", 1.0) for stage in kept)
