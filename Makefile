@@ -22,8 +22,8 @@ $(READY): setup.py
 demo: $(READY)  ## Turn SmolLM2-135M into a linear RNN, measure it, show it, export it
 	PATH="$(abspath $(BIN)):$$PATH" bash training/demo.sh
 
-test: $(READY)  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## Run the tests, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ EXTRAS = {
     # pyarrow: parquet; lm-eval: the evaluation; transformers[serving]: the server, and the client that asks it; triton:
     # its interpreter runs the kernels without a GPU, from 3.7 on with numpy 2.4.
     "dev": [
-        *("pytest>=8", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7"),
+        *("pytest>=8", "pytest-xdist", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7"),
         *("accelerate", "webdataset", "aiohttp", "pyarrow", "lm-eval[hf]>=0.4.13", "transformers[serving]>=5.17"),
         "triton>=3.7; sys_platform == 'linux' and platform_machine == 'x86_64'",
     ],
