@@ -100,7 +100,7 @@ def test_bad_samples_are_named(tmp_path: Path, tokens: bytes, message: str) -> N
         index.read_sequence(0, 3, 50)
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"[1, 2, 3, 4]" * 50)[:-12]])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"[1, 2, 3, 4]" * 50, mtime=0)[:-12]])
 def test_corrupt_gzip_is_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError, match=r"sample 0\.json\.gz is corrupt"):
         ShardIndex(tar_of(tmp_path / "a.tar", {"0.json.gz": content})).read(0)

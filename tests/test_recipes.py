@@ -81,6 +81,11 @@ def recipe(name: str, *more: str) -> Config:
     return started(name, *weights, "--train-data", "DATA/train/manifest.jsonl", *more)
 
 
+def is_later(name: str) -> bool:
+    """Whether it is a stage that begins with what another left behind."""
+    return ", stage" in name and not name.endswith("stage 0")
+
+
 def steps_of(cfg: Config) -> int:
     assert cfg.run.train_num_samples and cfg.data.seq_len
     return cfg.run.train_num_samples // cfg.data.seq_len // cfg.run.global_batch_size * cfg.run.epochs
@@ -97,6 +102,7 @@ def test_every_recipe_is_the_papers_or_ours() -> None:
 def test_a_recipe_says_what_it_means_and_every_key_is_taken(name: str) -> None:
     cfg = recipe(name)
     staged = {"stage_name", "name", "logs", "pretrained"} if ", stage" in name else set()
+    staged |= {"init_tokens"} if is_later(name) else set()
     flat = cfg.flat()
     for key, value in values_of(name).items():
         if key in staged:
@@ -154,17 +160,18 @@ def test_a_recipe_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     cfg = recipe(name)
     assert cfg.data.seq_len
     values = small(LIKE[name], cfg.data.seq_len)
+    attn_name = FILES[name.partition(",")[0]].get("attn_name", "linear")
     if cfg.model.model:
         (tmp_path / "model.json").write_text(json.dumps(values))
         model = ["--model", str(tmp_path / "model.json")]
     else:
-        swapped = "linear" if name.endswith("stage 1") else None
+        swapped = attn_name if is_later(name) else None
         model = ["--pretrained", str(saved(tmp_path / "teacher", values, swapped))]
-    linear = [] if cfg.model.model else ["--attn-name", "linear"]
+    linear = [] if cfg.model.model else ["--attn-name", attn_name]
     one_by_one = ["--accum-freq", str(cfg.run.global_batch_size)]
     where = ["--dataset-type", "synthetic", "--device", "cpu", "--logs", str(tmp_path / "logs"), "--dry-run"]
     dry = started(name, *model, *linear, *one_by_one, *where)
-    if name.endswith("stage 1"):  # what stage 0 would have left
+    if is_later(name):  # what the stage before would have left
         dry = replace(dry, model=replace(dry.model, pretrained=str(tmp_path / "teacher")))
     dry = replace(dry, data=replace(dry.data, train_data=(), val_data=()))
     assert (dry.optim, dry.parallel.precision) == (cfg.optim, cfg.parallel.precision)
@@ -177,9 +184,11 @@ def test_a_recipe_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert trained is not None
     if cfg.optim.train_params == "new":
         assert trained[1] == trained[2] != "0"
+    elif cfg.objective.layerwise:
+        assert 0 < float(trained[3]) < 100  # the attentions
     else:
         assert trained[3] == "100.0"
-        assert (trained[1] == "0") == (bool(cfg.model.model) or name.endswith("stage 1"))
+        assert (trained[1] == "0") == (bool(cfg.model.model) or is_later(name))
 
 
 def test_two_steps_one_after_the_other(tmp_path: Path) -> None:
@@ -297,7 +306,7 @@ def commands_in(calls: list[list[str]]) -> list[tuple[str, list[str]]]:
 def parse_with_its_own_parser(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a command as far as its parser."""
     if module == "open_lm_linear.main":
-        from_cli(words)
+        stages_from_cli(words)
         return
     found = importlib.import_module(module)
 
