@@ -38,20 +38,8 @@ COLOURS = {"teacher": "#4b5d78", "swapped": "#9a9a9a", "uptrained": "#d1602b", "
 # Settings that the report names; the run's config.yaml has all of them.
 SETTINGS = (
     *("pretrained", "attn_name", "feature_map", "feature_map_init", "feature_dim", "use_decay", "use_retnet_slopes"),
-    *(
-        "decay_start",
-        "loss",
-        "init_tokens",
-        "fit_tokens",
-        "train_params",
-        "optimizer",
-        "lr",
-        "lr_new",
-        "lr_scheduler",
-        "lr_cooldown_end",
-        "warmup",
-        "wd",
-    ),
+    *("decay_start", "loss", "init_tokens", "fit_tokens", "train_params", "optimizer", "lr", "lr_new"),
+    *("lr_scheduler", "lr_cooldown_end", "warmup", "wd"),
     *("beta1", "beta2", "eps", "grad_clip_norm", "z_loss_coefficient", "train_data", "dataset_manifest"),
     *("global_batch_size", "accum_freq", "seq_len", "train_num_samples", "epochs", "precision", "seed"),
 )
@@ -392,13 +380,14 @@ def _loss_figure(plt: Any, facts: Mapping[str, Any]) -> Any:
     if level is not None and training["tokens"]:
         points.append((training["tokens"], level))
     if points:
-        axes.plot(*zip(*points, strict=True), "o", color="black", ms=5, label="held-out loss", clip_on=False, zorder=3)
+        look = {"color": "black", "lw": 1, "ms": 5, "clip_on": False, "zorder": 3}
+        axes.plot(*zip(*points, strict=True), "o-", label="held-out loss", **look)
     axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title="Uptraining: loss over tokens")
     axes.xaxis.set_major_formatter(lambda value, _: _tokens(value))
     axes.set_xlim(left=0)
     axes.margins(y=0.12)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.92))
+    axes.legend(frameon=False, loc="center right")
     return figure
 
 

@@ -13,11 +13,15 @@ import yaml
 from safetensors.torch import load_file
 from test_train import data, words  # noqa: F401 (data is a fixture)
 
+import open_lm_linear as oll
 from open_lm_linear.checkpoint import latest, require_whole
 from open_lm_linear.cli import UserError
 from open_lm_linear.config import from_cli, stages_from_cli
 from open_lm_linear.data.manifest import Shard, write_manifest
 from open_lm_linear.data.shards import write_shard
+from open_lm_linear.hf.card import history_of
+from open_lm_linear.pretrained.loading import tokenizer_source
+from open_lm_linear.pretrained.sources import open_source
 from open_lm_linear.train import train, train_stages
 
 STAGES = [
@@ -65,6 +69,20 @@ def test_stages_go_on_after_an_interruption(tmp_path: Path, data: Path) -> None:
     assert require_whole(latest(folders[1]))["samples"] == 40
     steps = [json.loads(line)["step"] for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]  # the first stage was over, and was not trained again
+
+
+def test_the_folder_of_stages_stands_for_the_last(tmp_path: Path, data: Path) -> None:  # noqa: F811
+    first, second = train_stages(stages_from_cli(command(tmp_path, data, STAGES)))
+    (second / "tokenizer_config.json").write_text("{}")
+    (first.parent / "evaluation.json").write_text('{"seconds": {}}')
+    model = oll.load_pretrained(first.parent)
+    weights = load_file(latest(second) / "model.safetensors")
+    assert all(torch.equal(value, weights[key]) for key, value in model.named_parameters())
+    assert tokenizer_source(first.parent) == (str(second), {})
+    history = history_of(open_source(str(first.parent)))
+    assert history.tokens == (16 + 24) * 16 and history.recipe["lr"] == 3e-3
+    assert history.evaluation == {"seconds": {}}
+    assert history_of(open_source(str(first))).tokens == 16 * 16
 
 
 def test_a_stage_on_longer_texts_begins_with_their_first_sample(tmp_path: Path, data: Path) -> None:  # noqa: F811

@@ -14,6 +14,7 @@ from open_lm_linear.cli import UserError
 from open_lm_linear.metrics import human_bytes
 from open_lm_linear.pretrained.places import HUB_ID
 from open_lm_linear.pretrained.presets import PRESETS
+from open_lm_linear.stages import stage_folders
 
 if TYPE_CHECKING:
     from open_lm_linear.hf.export import Exported
@@ -65,22 +66,26 @@ def history_of(source: Source) -> History:
     record = _json(folder / "state.json")
     if not record:
         return History(_published(source.name), _licence(source.name, source))
-    config = record.get("config") or {}
-    base = _first_text(config, "pretrained")
     run = folder.parent.parent
-    evaluated = run if (run / "checkpoints").is_dir() and _checkpoint(run) == folder else folder
+    newest = (run / "checkpoints").is_dir() and _checkpoint(run) == folder
+    stages = stage_folders(run.parent)
+    records, evaluated = [record], run if newest else folder
+    if run in stages:  # it began where the first one did, and learnt from the tokens of all so far
+        records = [_json(_checkpoint(stage) / "state.json") for stage in stages[: stages.index(run)]] + records
+        evaluated = run.parent if newest and run == stages[-1] else folder
+    base = _first_text(records[0].get("config") or {}, "pretrained")
     return History(
         base_model=None if base is None else _published(base),
         licence="unknown" if base is None else _licence(base),
-        tokens=record.get("tokens"),
-        recipe=config,
+        tokens=sum(r.get("tokens") or 0 for r in records) or None,
+        recipe=record.get("config") or {},
         evaluation=_json(evaluated / "evaluation.json"),
     )
 
 
 def _checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run folder; anything else is its own."""
-    newest = sorted((path / "checkpoints").glob("step_*"))
+    """The newest checkpoint of a run folder, of its last stage where it has stages; anything else is its own."""
+    newest = sorted((stage_folders(path)[-1] / "checkpoints").glob("step_*"))
     return newest[-1] if newest else path
 
 

@@ -19,6 +19,7 @@ from open_lm_linear.parallel import Context, ParallelConfig, apply, put, put_row
 from open_lm_linear.pretrained.matching import Match, Recipe, match, require_equal
 from open_lm_linear.pretrained.presets import cache_folder
 from open_lm_linear.pretrained.sources import TORCH_SUFFIXES, Source, open_source
+from open_lm_linear.stages import stage_folders
 
 Tensor = torch.Tensor
 
@@ -201,7 +202,7 @@ def load_tokenizer(source: str | Path) -> Any:
 def tokenizer_source(source: str | Path) -> tuple[str, dict[str, Any]]:
     """What ``AutoTokenizer.from_pretrained`` takes for ``source``."""
     path = Path(source)
-    for folder in (path, path.parent.parent):  # a run folder, or a checkpoint inside one
+    for folder in (stage_folders(path)[-1], path.parent.parent):  # a run folder, or a checkpoint inside one
         if (folder / "tokenizer_config.json").exists():
             return str(folder), {}
     weights_alone = path.is_file() and path.suffix in TORCH_SUFFIXES
