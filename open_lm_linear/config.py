@@ -149,7 +149,7 @@ def stages_from_cli(argv: Sequence[str] | None = None) -> list[Config]:
         run = dataclasses.replace(cfg.run, logs=str(cfg.folder), name=stage_folder(number, label))
         model, objective = cfg.model, cfg.objective
         if found:  # what the first stage swapped in stays
-            model = dataclasses.replace(model, pretrained=str(found[-1].folder), model="", attn={})
+            model = dataclasses.replace(model, pretrained=str(found[-1].folder), model="", attn_name="", attn={})
             run = dataclasses.replace(run, init_tokens=0, fit_tokens=0)
             objective = objective.taught_by(cfg.model.pretrained)
         found.append(dataclasses.replace(cfg, run=run, model=model, objective=objective))

@@ -102,7 +102,7 @@ def test_every_recipe_is_the_papers_or_ours() -> None:
 def test_a_recipe_says_what_it_means_and_every_key_is_taken(name: str) -> None:
     cfg = recipe(name)
     staged = {"stage_name", "name", "logs", "pretrained"} if ", stage" in name else set()
-    staged |= {"init_tokens"} if is_later(name) else set()
+    staged |= {"init_tokens", "attn_name"} if is_later(name) else set()
     flat = cfg.flat()
     for key, value in values_of(name).items():
         if key in staged:

@@ -71,6 +71,16 @@ def test_stages_go_on_after_an_interruption(tmp_path: Path, data: Path) -> None:
     assert steps == [1, 2]  # the first stage was over, and was not trained again
 
 
+def test_options_beside_a_preset_stay_through_all_stages(tmp_path: Path, data: Path) -> None:  # noqa: F811
+    given = command(tmp_path, data, STAGES, "--output-gate")
+    given[given.index("--attn-name") + 1] = "hedgehog"
+    folders = train_stages(stages_from_cli(given))
+    gates = [
+        load_file(latest(folder) / "model.safetensors")["layers.0.attention._totrain_gate.weight"] for folder in folders
+    ]
+    assert gates[0].any() and not torch.equal(*gates)
+
+
 def test_the_folder_of_stages_stands_for_the_last(tmp_path: Path, data: Path) -> None:  # noqa: F811
     first, second = train_stages(stages_from_cli(command(tmp_path, data, STAGES)))
     (second / "tokenizer_config.json").write_text("{}")
