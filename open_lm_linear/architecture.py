@@ -381,3 +381,24 @@ def shipped(kind: str, suffix: str) -> dict[str, Path]:
     installed = Path(sys.prefix) / "share" / "open_lm_linear" / "configs" / kind
     folders = (installed, Path(__file__).parent.parent / "configs" / kind)  # from a wheel, in a checkout
     return {p.stem: p for folder in folders if folder.is_dir() for p in sorted(folder.glob(f"*{suffix}"))}
+
+
+def read_shipped(folder: str, kind: str, source: str) -> tuple[Path, Any]:
+    """The path and the values of a YAML file, by its name under configs/FOLDER or by its path.
+
+    Raises:
+        UserError: no such file, or none that can be read; ``kind`` is what the sentence calls it.
+    """
+    import yaml
+
+    known = shipped(folder, ".yaml")
+    path = known.get(source, Path(source))
+    try:
+        return path, yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        names = ", ".join(sorted(known))
+        raise UserError(
+            f"there is no {kind} {source!r}.{did_you_mean(source, known)} Known: {names}; or give a .yaml path."
+        ) from error
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"the {kind} {path} cannot be read: {' '.join(str(error).split())}") from error

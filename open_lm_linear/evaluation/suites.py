@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from open_lm_linear.architecture import shipped
+from open_lm_linear.architecture import read_shipped
 from open_lm_linear.cli import UserError, did_you_mean
 
 KINDS = ("harness", "perplexity", "recall", "generation")
@@ -63,19 +63,7 @@ def read_suite(source: str) -> Suite:
     Raises:
         UserError: no such file, an unknown key, or a value of the wrong kind.
     """
-    import yaml
-
-    known = shipped("suites", ".yaml")
-    path = known.get(source, Path(source))
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        names = ", ".join(sorted(known))
-        raise UserError(
-            f"there is no suite {source!r}.{did_you_mean(source, known)} Known: {names}; or give a .yaml path."
-        ) from error
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"the suite {path} cannot be read: {' '.join(str(error).split())}") from error
+    path, values = read_shipped("suites", "suite", source)
     values = {"tasks": values} if isinstance(values, list) else values
     if not isinstance(values, dict) or not isinstance(values.get("tasks"), list) or not values["tasks"]:
         raise UserError(f"the suite {path} is neither a list of tasks nor a mapping with such a list under `tasks`.")

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_lm_linear.architecture import shipped
-from open_lm_linear.cli import UserError, did_you_mean
+from open_lm_linear.architecture import read_shipped, shipped
+from open_lm_linear.cli import UserError
 from open_lm_linear.evaluation.options import read_options
 from open_lm_linear.evaluation.run import PROMPTS
 from open_lm_linear.evaluation.suites import read_suite
@@ -103,19 +103,7 @@ def read_grid(source: str) -> Grid:
     Raises:
         UserError: no such file, an unknown key, a value of the wrong kind, or arms that would not be comparable.
     """
-    import yaml
-
-    known = shipped("studies", ".yaml")
-    path = known.get(source, Path(source))
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        names = ", ".join(sorted(known))
-        raise UserError(
-            f"there is no grid {source!r}.{did_you_mean(source, known)} Known: {names}; or give a .yaml path."
-        ) from error
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"the grid {path} cannot be read: {' '.join(str(error).split())}") from error
+    path, values = read_shipped("studies", "grid", source)
     where = f"the grid {path}"
     parts = {"run": dict, "arms": dict, "suites": list, "controls": dict}
     for name, kind in parts.items():
