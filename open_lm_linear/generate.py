@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from open_lm_linear.cli import UserError, command, parse
+from open_lm_linear.metrics import human_bytes
 from open_lm_linear.parallel import resolve_device
 
 if TYPE_CHECKING:
@@ -215,18 +216,38 @@ def prefill(
 
 
 def lay_out(model: Transformer) -> Transformer:
-    """``model``, its matrices in the memory order in which this device multiplies them by one row fastest, in place.
+    """``model``, its matrices in the memory order in which this CPU multiplies them by few rows fastest, in place.
 
-    On a CPU in float32 that is by columns where there are as many outputs as inputs: twice as fast. Shapes, values and
-    names stay; safetensors takes such weights only after ``contiguous()``.
+    Shapes, values and names stay, and all is as it was on other devices. In float32 matrices with as many outputs as
+    inputs lie by columns, which safetensors takes only after ``contiguous()``. In bfloat16 they have a second copy
+    (``ops/rows.py``) as large as they are; where that would be more than half of the memory that is free, it says so.
     """
+    import psutil
     import torch
 
-    for linear in model.modules():
-        if isinstance(linear, torch.nn.Linear) and linear.out_features >= linear.in_features:
-            weight = linear.weight
-            if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                weight.data = weight.data.T.contiguous().T
+    from open_lm_linear.feature_maps import FeatureMap
+    from open_lm_linear.ops import rows
+
+    parts: list[Any] = [
+        part
+        for part in model.modules()
+        if isinstance(part, torch.nn.Linear) or (isinstance(part, FeatureMap) and part.layout == "full")
+    ]
+    parts += [model.tok_embeddings] if model.output is None else []
+    packed = [part for part in parts if rows.packable(part.weight)]
+    copies, free = sum(part.weight.nbytes for part in packed), psutil.virtual_memory().available
+    if copies > free / 2:
+        print(
+            f"no second copy of {human_bytes(copies)} of weights, which would make decoding faster: "
+            f"{human_bytes(free)} of memory are free",
+            file=sys.stderr,
+        )
+        packed = []
+    for part in parts:
+        if isinstance(part, torch.nn.Linear):
+            rows.by_columns(part)
+        if part in packed:
+            part.weight = rows.PackedParameter(part.weight, part.weight.requires_grad)
     return model
 
 

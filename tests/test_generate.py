@@ -230,6 +230,39 @@ def test_the_layout_of_the_weights_changes_nothing_but_their_order(attn_name: st
     assert torch.equal(generate(model, ids, max_new_tokens=6), expected)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_in_bfloat16_every_matrix_of_a_decoding_step_has_its_second_copy(tied: bool, monkeypatch) -> None:
+    from open_lm_linear.ops.rows import PackedParameter
+
+    config = ModelConfig(48, 2, 4, 61, attn_name="linear", weight_tying=tied)
+    torch.manual_seed(0)
+    model, ids = create_model(config).bfloat16().eval(), prompt(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, past = prefill(model, ids)
+    expected, _ = prefill(model, ids[:, :1], past=past)
+    generation.lay_out(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    packed = {name for name, p in model.named_parameters() if type(p) is PackedParameter}
+    matrices = {name for name, p in model.named_parameters() if p.dim() == 2 and "tok_embeddings" not in name}
+    assert packed == matrices | ({"tok_embeddings.weight"} if tied else set())
+    linear, products = torch.nn.functional.linear, []
+    monkeypatch.setattr(PackedParameter, "times", lambda w, x, b: products.append(w) or linear(x, w.data, b))
+    prefill(model, ids[:, :1], past=past)
+    assert {id(w) for w in products} == {id(p) for p in model.parameters() if type(p) is PackedParameter}
+    monkeypatch.undo()
+    logits, _ = prefill(model, ids[:, :1], past=past)
+    assert (logits - expected).norm() < 0.02 * expected.norm()
+
+
+def test_second_copies_that_memory_has_no_room_for_are_refused_aloud(monkeypatch, capsys) -> None:
+    import psutil
+
+    model = tiny("linear").bfloat16()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    assert all(type(p) is torch.nn.Parameter for p in generation.lay_out(model).parameters())
+    assert "no second copy of" in capsys.readouterr().err
+
+
 def test_one_row_of_bfloat16_takes_torchs_own_product_and_gives_onednn_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("linear").bfloat16(), prompt(1, 3)
     onednn, seen, hidden = torch.backends.mkldnn, [], model.hidden
