@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,13 +39,14 @@ class LayerNorm(Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         device = x.device.type
-        if self.low_precision and torch.is_autocast_enabled(device):
+        autocast = torch.is_autocast_enabled(device)
+        if self.low_precision and autocast:
             dtype = torch.get_autocast_dtype(device)
         else:
             dtype = x.dtype if self.low_precision else torch.promote_types(x.dtype, torch.float32)
         weight = None if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():  # which takes longer than a norm
             return F.layer_norm(x.to(dtype), self.shape, weight, bias, self.eps).to(x.dtype)
 
 

@@ -13,6 +13,7 @@ turned then: with them, and with them alone, a sequence beyond the original cont
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ from open_lm_linear.cli import UserError
 from open_lm_linear.ops.constants import constant, numbers
 
 Tensor = torch.Tensor
+
+# By kind of angles: the last positions, their version, and their cosines and sines, as long as the positions live.
+_LAST: dict[Any, tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]]] = {}
 
 
 class Rotary:
@@ -44,24 +48,41 @@ class Rotary:
                         f"rotary_scaling's {key} has {len(self.scaling[key])} values for {self.turned // 2} pairs."
                     )
         self.magnitude = _magnitude(self.scaling)
+        self.kind = (self.turned, self.base, self.scale, self.rounding, repr(self.scaling))  # of its angles
 
     def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Turns q (B, T, H, D) and k (B, T, Hkv, D) by ``positions`` (B or 1, T); dtypes are kept."""
         if self.layout == "none":
             return q, k
-        frequencies = self._frequencies(positions)
+        wide = torch.promote_types(q.dtype, torch.float32)
         if self.layout == "head_rotary":
+            frequencies = self._frequencies(positions)
             # A group of query heads shares its key head's angle, so the products are those of one key per head.
             kv_heads = torch.arange(k.shape[2], device=k.device)
             q_heads = kv_heads.repeat_interleave(q.shape[2] // k.shape[2])
-            return self._turn(q, q_heads[None, None], frequencies), self._turn(k, kv_heads[None, None], frequencies)
-        index = positions[:, :, None]
-        return self._turn(q, index, frequencies), self._turn(k, index, frequencies)
+            tables = (self._table(heads[None, None], frequencies, wide) for heads in (q_heads, kv_heads))
+            return self._turn(q, *next(tables)), self._turn(k, *next(tables))
+        cos, sin = self._table_of(positions, wide)
+        return self._turn(q, cos, sin), self._turn(k, cos, sin)
 
-    def _turn(self, x: Tensor, index: Tensor, frequencies: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+    def _table_of(self, positions: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B or 1, T, 1, D/2) at ``positions``, computed once for all layers that turn alike."""
+        if _changes_unseen(positions):
+            return self._table(positions[:, :, None], self._frequencies(positions), wide)
+        kind = (self.kind, wide)
+        kept = _LAST.get(kind)
+        if kept is None or kept[0]() is not positions or kept[1] != positions._version:
+            table = self._table(positions[:, :, None], self._frequencies(positions), wide)
+            kept = weakref.ref(positions, lambda gone: _forget(kind, gone)), positions._version, table
+            _LAST[kind] = kept
+        return kept[2]
+
+    def _table(self, index: Tensor, frequencies: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = index[..., None].to(frequencies.dtype) * frequencies  # (..., D/2), broadcast over heads or tokens
-        cos, sin = (angles.cos() * self.magnitude).to(wide), (angles.sin() * self.magnitude).to(wide)
+        return (angles.cos() * self.magnitude).to(wide), (angles.sin() * self.magnitude).to(wide)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wide = cos.dtype
         rest = x[..., self.turned :]
         x = x[..., : self.turned] if rest.shape[-1] else x
         if self.layout == "llama_rotary":
@@ -91,6 +112,18 @@ class Rotary:
             for key in ("long_factor", "short_factor")
         )
         return _round(torch.where(length > original, long, short), self.rounding)
+
+
+def _changes_unseen(positions: Tensor) -> bool:
+    """In a graph that is compiled or captured, and in tensors of inference mode, no version tells of other values."""
+    if torch.compiler.is_compiling() or positions.is_inference():
+        return True
+    return positions.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _forget(kind: Any, reference: weakref.ref[Tensor]) -> None:
+    if kind in _LAST and _LAST[kind][0] is reference:
+        del _LAST[kind]
 
 
 def _exponents(dims: int, device: torch.device) -> Tensor:

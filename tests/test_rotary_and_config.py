@@ -56,6 +56,47 @@ def test_layouts_against_complex_numbers(layout, base, scale):
     assert relative(out_q.norm(dim=-1), q.norm(dim=-1)) < 1e-6
 
 
+def test_layers_that_turn_alike_share_one_table_until_the_positions_change(monkeypatch):
+    made, table = [], Rotary._table
+    monkeypatch.setattr(Rotary, "_table", lambda *args: made.append(1) or table(*args))
+    q, positions = torch.randn(1, 5, 2, 8), torch.arange(5)[None]
+    layers = [rotary() for _ in range(3)]
+    first = [layer(q, q, positions)[0] for layer in layers]
+    assert len(made) == 1 and all(torch.equal(x, first[0]) for x in first)
+    assert (
+        torch.equal(
+            rotary(rotary_base_frequency=500.0)(q, q, positions)[0],
+            rotary(rotary_base_frequency=500.0)(q, q, positions.clone())[0],
+        )
+        and len(made) == 3
+    )
+    positions += 1
+    assert relative(layers[0](q, q, positions)[0], turned(q, positions[..., None], "rotary")) < 1e-5
+    assert layers[0](q.double(), q.double(), positions)[0].dtype == torch.float64
+    with torch.inference_mode():
+        unseen = torch.arange(5)[None]
+        layers[0](q, q, unseen)
+        unseen += 7
+        assert relative(layers[0](q, q, unseen)[0], turned(q, unseen[..., None], "rotary")) < 1e-5
+    with torch.inference_mode():
+        layers[0](q, q, positions + 1)
+    leaf = q.clone().requires_grad_()
+    layers[0](leaf, leaf, positions)[0].sum().backward()
+    assert leaf.grad is not None
+
+
+def test_a_table_lives_as_long_as_its_positions():
+    from open_lm_linear import rotary as module
+
+    positions = torch.arange(5)[None]
+    turn = rotary(rotary_base_frequency=123.0)
+    turn(torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8), positions)
+    kind = (turn.kind, torch.float32)
+    assert kind in module._LAST
+    del positions
+    assert kind not in module._LAST
+
+
 @pytest.mark.parametrize("layout", ["rotary", "llama_rotary"])
 def test_products_depend_on_the_distance_alone(layout):
     """Shifting all positions leaves q . k as it is, near the start and far from it."""

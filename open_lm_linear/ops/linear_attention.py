@@ -17,6 +17,7 @@ the backward pass one state a chunk and the (chunk x chunk) scores, each of q's 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,8 @@ def step(
     batch, _, heads, dim = q.shape
     accumulate = _state_dtype(q)
     q1, k1, v1 = (x[:, 0].to(accumulate) for x in (q, _per_query_head(k, heads), _per_query_head(v, heads)))
-    with torch.autocast(q.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         new = k1[..., :, None] * v1[..., None, :]  # (B, H, K, V)
         if state is not None:
             if log_decay is None and first is None:
