@@ -323,7 +323,8 @@ def test_several_seeds_have_a_mean_and_a_spread() -> None:
 
     def arm(name: str, row: str, *losses: float) -> dict[str, Any]:
         heldout = facts.spread(list(losses)) | {"standard_error": 0.3}
-        return {"name": name, "published": row, "heldout": heldout, "runs": [{}] * len(losses)}
+        runs = [{"curve": [[0, 2 * loss, 0.1], [64, loss, 0.1]]} for loss in losses]
+        return {"name": name, "published": row, "heldout": heldout, "runs": runs, "tokens": 1234}
 
     arms = {"a": arm("a", "supra-1b", 5.0, 5.2), "b": arm("b", "two-step-1b", 4.0, 4.4), "c": arm("c", "t2r-1b", 6.0)}
     order = facts.order({**arms, "ours": arm("ours", "", 1.0)})
@@ -331,7 +332,10 @@ def test_several_seeds_have_a_mean_and_a_spread() -> None:
     (pair,) = order["differs"]
     assert (pair["paper_better"], pair["here_better"], pair["nats"]) == ("a", "b", pytest.approx(0.9))
     assert pair["standard_error"] == pytest.approx((0.1**2 + 0.2**2) ** 0.5)
-    assert "Differs: b is before a here, by 0.900 ± 0.224 nats." in report._order_notes(order)
+    assert (
+        "Differs: b is before a here, by 0.900 ± 0.224 nats, +2.000 before any training. "
+        "The paper's had a (1.6T)+10B, b (1.6T)+10B+10B tokens; here each has 1,234." in report._order_notes(order)
+    )
 
 
 def test_relative_scores_are_means_over_tasks_that_the_teacher_can() -> None:

@@ -146,8 +146,9 @@ def _arm(arm: Arm, runs: list[dict[str, Any]], level: float | None) -> dict[str,
 def order(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The arms of the paper's Table 3, the best first, as the paper has them and as the held-out loss has them.
 
-    ``differs`` are pairs that stand the other way round here, with the difference in nats and its standard error: over
-    seeds where there are several, else over the held-out text, as if the two were measured on different texts.
+    ``differs`` are pairs that stand the other way round here, with the difference in nats and its standard error (over
+    seeds where there are several, else over the held-out text, as if the two were measured on different texts), with
+    the lead in nats that the better one here had before any training, and with the tokens of both there and here.
     """
     rows = published_tables()[PUBLISHED]["rows"]
     mean = {name: statistics.fmean(rows[arm["published"]]["values"]) for name, arm in arms.items() if arm["published"]}
@@ -159,8 +160,18 @@ def order(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             if loss[better] > loss[worse]:
                 errors = [_error(arms[name]) for name in (better, worse)]
                 error = None if None in errors else math.hypot(*(e for e in errors if e is not None))
-                pair = {"paper_better": better, "here_better": worse, "nats": loss[better] - loss[worse]}
-                differs.append(pair | {"standard_error": error})
+                begun = [arms[name]["runs"][0]["curve"][:1] for name in (better, worse)]
+                differs.append(
+                    {
+                        "paper_better": better,
+                        "here_better": worse,
+                        "nats": loss[better] - loss[worse],
+                        "standard_error": error,
+                        "lead_untrained": begun[0][0][1] - begun[1][0][1] if all(begun) else None,
+                        "paper_tokens": [rows[arms[name]["published"]]["tokens"] for name in (better, worse)],
+                        "tokens": arms[worse]["tokens"],
+                    }
+                )
     return {
         "paper": [
             {"name": name, "mean": mean[name], "tokens": rows[arms[name]["published"]]["tokens"]} for name in paper

@@ -147,7 +147,14 @@ def _order_notes(order: Mapping[str, Any]) -> list[str]:
     ]
     for pair in order["differs"]:
         nats = _pair(pair["nats"], pair["standard_error"], "{:.3f}")
-        found.append(f"Differs: {pair['here_better']} is before {pair['paper_better']} here, by {nats} nats.")
+        there, ours = (
+            f"{name} {tokens}"
+            for name, tokens in zip((pair["paper_better"], pair["here_better"]), pair["paper_tokens"], strict=True)
+        )
+        sentence = f"Differs: {pair['here_better']} is before {pair['paper_better']} here, by {nats} nats"
+        if pair["lead_untrained"] is not None:
+            sentence += f", {pair['lead_untrained']:+.3f} before any training"
+        found.append(f"{sentence}. The paper's had {there}, {ours} tokens; here each has {pair['tokens']:,}.")
     if not order["differs"]:
         found.append("That is the paper's order.")
     return found
