@@ -247,7 +247,7 @@ def lay_out(model: Transformer) -> Transformer:
         if isinstance(part, torch.nn.Linear):
             rows.by_columns(part)
         if part in packed:
-            part.weight = rows.PackedParameter(part.weight, part.weight.requires_grad)
+            part.weight = rows.PackedParameter(part.weight, part.weight.requires_grad).pack()
     return model
 
 

@@ -244,6 +244,7 @@ def test_in_bfloat16_every_matrix_of_a_decoding_step_has_its_second_copy(tied: b
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     packed = {name for name, p in model.named_parameters() if type(p) is PackedParameter}
     matrices = {name for name, p in model.named_parameters() if p.dim() == 2 and "tok_embeddings" not in name}
+    assert all(hasattr(p, "packed") for p in model.parameters() if type(p) is PackedParameter)  # before the first token
     assert packed == matrices | ({"tok_embeddings.weight"} if tied else set())
     linear, products = torch.nn.functional.linear, []
     monkeypatch.setattr(PackedParameter, "times", lambda w, x, b: products.append(w) or linear(x, w.data, b))

@@ -43,13 +43,17 @@ class PackedParameter(nn.Parameter):
                     return weight.times(x, args[2] if len(args) > 2 else None)
             return func(*args, **(kwargs or {}))
 
-    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias (..., out) in bfloat16 from few rows x (..., in)."""
+    def pack(self) -> PackedParameter:
+        """Itself, its copy made where there is none of these values."""
         now = self.data_ptr(), self._version
         if getattr(self, "seen", None) != now:
             self.packed = torch.ops.quantized.linear_prepack_fp16(self.detach().float(), None)
             self.seen = now
-        y = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+        return self
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias (..., out) in bfloat16 from few rows x (..., in)."""
+        y = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.pack().packed)
         return (y if bias is None else y + bias).bfloat16()
 
 
