@@ -72,10 +72,12 @@ def test_every_backend_says_what_it_cannot_take(monkeypatch):
     assert "bfloat16 or float16, not float32" in backends.why_not("fla", *wide, *empty)
     assert not backends.why_not("triton", *wide, *empty)
     assert "not float64" in backends.why_not("triton", *(x.double() for x in wide), *empty)
-    assert "fixed per head" in backends.why_not("triton", *trained, *empty)
-    assert not backends.why_not("fla", *trained, *empty)
+    assert not any(backends.why_not(name, *trained, *empty) for name in ("triton", "fla"))
+    assert "decays that are fixed" in backends.why_not("lightning", *trained, *empty)
     with torch.no_grad():
-        assert not backends.why_not("triton", *trained, *empty)
+        assert not backends.why_not("lightning", *trained, *empty)
+    by_token = half[3].expand(B, T, -1)
+    assert "not one for each token" in backends.why_not("triton", *half[:3], by_token, *empty)
     vast = [x[..., :1].expand(-1, -1, -1, 257) for x in half[:3]]
     assert "up to 256 dimensions, not 257" in backends.why_not("triton", *vast, half[3], *empty)
     for more in ((torch.zeros(B, H, K, V), None, None), (None, flags, None), (None, None, flags)):

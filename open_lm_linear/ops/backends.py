@@ -1,7 +1,7 @@
 """Which code computes decayed linear attention. This is the one place that decides.
 
     torch      the chunked form of `linear_attention`: any device, dtype and decay, and the definition of the others
-    triton     our kernels (`triton_linear`): bfloat16 and float32 on a GPU, decays fixed per head
+    triton     our kernels (`triton_linear`): bfloat16 and float32 on a GPU, one decay per head
     fla        flash-linear-attention's simple_gla: half precision on a GPU
     lightning  lightning-attn, which the paper's code used: half precision on a GPU, fixed decays, whole sequences
     auto       triton where its kernels take the inputs, else torch
@@ -149,8 +149,10 @@ def why_not(
     dtypes = (torch.bfloat16, torch.float32) if name == "triton" else HALF
     if q.dtype not in dtypes or not q.dtype == k.dtype == v.dtype:
         return f"it takes {' or '.join(str(x)[6:] for x in dtypes)}, not {str(q.dtype)[6:]}"
-    if name != "fla" and log_decay is not None and (trained or log_decay.dim() != 1):
-        return "it takes decays that are fixed per head, not trained ones or one for each token"
+    if name != "fla" and log_decay is not None and log_decay.dim() != 1:
+        return "it takes one decay per head, not one for each token"
+    if name == "lightning" and trained:
+        return "it takes decays that are fixed, not trained ones"
     if name == "triton" and max(q.shape[3], v.shape[3]) > 256:
         return f"it takes heads of up to 256 dimensions, not {max(q.shape[3], v.shape[3])}"
     if name == "lightning" and (state is not None or first is not None or keep is not None):

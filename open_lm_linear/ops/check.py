@@ -1,5 +1,5 @@
 """Are the kernels right on this device? `python -m open_lm_linear.ops.check` compares every backend that is here with
-the definition in float64: outputs, last state, and the gradients by q, k, v and the first state.
+the definition in float64: outputs, last state, and the gradients by q, k, v, the decays and the first state.
 
 Kernels that are right on one GPU, driver and compiler can be wrong on the next, and a wrong gradient trains without
 complaint. So the command prints a table and ends with an error if a backend is wrong, and training runs its first case
@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from open_lm_linear import cli
 from open_lm_linear.cli import UserError
@@ -24,7 +24,7 @@ from open_lm_linear.cli import UserError
 if TYPE_CHECKING:
     import torch
 
-PARTS = ("out", "state", "dq", "dk", "dv", "dstate")
+PARTS = ("out", "state", "dq", "dk", "dv", "dlog_decay", "dstate")
 FLOAT32_BOUND = 1e-5
 # What may be wrong by in half precision. Our kernels keep more digits of what they compute on the way to a gradient;
 # the others round it to half precision. Triton's interpreter cuts digits off instead of rounding.
@@ -109,12 +109,16 @@ def inputs_of_case(case: Case, device: torch.device) -> dict[str, torch.Tensor |
 
 
 def results(
-    form: Callable[..., tuple[torch.Tensor, torch.Tensor]], given: dict[str, torch.Tensor | None]
+    form: Callable[..., tuple[torch.Tensor, torch.Tensor]], given: dict[str, torch.Tensor | None], trained: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Output, last state and the gradients of a fixed weighing of both, by the names in ``PARTS``."""
+    """Output, last state and the gradients of a fixed weighing of both, by the names in ``PARTS``.
+
+    The decays get one if they are ``trained``.
+    """
     import torch
 
-    leaves = {n: x.detach().requires_grad_() for n in ("q", "k", "v", "state") if (x := given[n]) is not None}
+    names = ("q", "k", "v", *(["log_decay"] if trained else []), "state")
+    leaves = {n: x.detach().requires_grad_() for n in names if (x := given[n]) is not None}
     out, last = form(**{**given, **leaves})
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in (out, last)]
@@ -131,16 +135,19 @@ def exact_results(given: dict[str, torch.Tensor | None]) -> dict[str, torch.Tens
     from open_lm_linear.ops.linear_attention import naive
 
     wide = {name: x.double() if x is not None and x.dtype != torch.bool else x for name, x in given.items()}
-    keep, log_decay = wide.pop("keep"), wide["log_decay"]
-    assert log_decay is not None
-    if keep is not None:
-        wide["log_decay"] = log_decay * keep[:, :, None]
-    return results(naive, wide)
+
+    def form(keep: Any, log_decay: Any, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return naive(log_decay=log_decay if keep is None else log_decay * keep[:, :, None], **others)
+
+    return results(form, wide)
 
 
-def error_beyond_rounding(x: torch.Tensor, exact: torch.Tensor) -> float:
-    """||x - exact|| / ||exact|| less, in squares, that of the exact result in x's dtype; not finite stays so."""
-    size = exact.norm().item() or 1.0
+def error_beyond_rounding(x: torch.Tensor, exact: torch.Tensor, size: float = 0.0) -> float:
+    """||x - exact|| / ||exact|| less, in squares, that of the exact result in x's dtype; not finite stays so.
+
+    ``size`` stands for ||exact|| where that is smaller.
+    """
+    size = max(exact.norm().item(), size) or 1.0
     error, rounding = ((y.double() - exact).norm().item() / size for y in (x, exact.to(x.dtype)))
     return math.sqrt(max(error**2 - rounding**2, 0.0)) if math.isfinite(error) else math.inf
 
@@ -157,8 +164,15 @@ def check_cases(backends: tuple[str, ...], device: torch.device, cases: tuple[Ca
             skipped = why_not(backend, **given)  # type: ignore[arg-type]
             errors = {}
             if not skipped:
-                found = results(_form(backend, case), given)
-                errors = {part: error_beyond_rounding(found[part], exact[part]) for part in PARTS if part in exact}
+                decays = given["log_decay"]
+                trained = decays is not None and not why_not(
+                    backend,
+                    **{**given, "log_decay": decays.detach().requires_grad_()},  # type: ignore[arg-type]
+                )
+                found = results(_form(backend, case), given, trained)
+                # Decays that underflow have no gradient left: what it sums, q . dq, tells what is small.
+                sizes = {"dlog_decay": exact["dq"].norm().item()}
+                errors = {p: error_beyond_rounding(found[p], exact[p], sizes.get(p, 0.0)) for p in PARTS if p in found}
             right = all(error <= _bound(part, case, backend) for part, error in errors.items())
             yield Finding(backend, case, errors, skipped, right, time.perf_counter() - began)
 

@@ -1,9 +1,17 @@
-"""Decayed linear attention by Triton: the operator of `linear_attention` for decays that are fixed per head.
+"""Decayed linear attention by Triton: the operator of `linear_attention` for one decay per head, fixed or trained.
 
 `triton_attention` takes the same arguments as the torch form, in bfloat16 or float32 on a GPU (or anywhere under
-TRITON_INTERPRET=1), and gives the gradients by q, k, v and the state. The decays get none: a layer that trains them
-takes the torch form (`backends` sees to it). The two functions that launch kernels are custom operators of torch, with
-shapes for a compiler and a gradient, so that a compiled block keeps them in its one graph.
+TRITON_INTERPRET=1), and gives the gradients by q, k, v, the decays and the state. The two functions that launch kernels
+are custom operators of torch, with shapes for a compiler and a gradient, so that a compiled block keeps them in its one
+graph.
+
+The decays' gradient needs no kernel. With L the loss, g a head's log decay and p_t the tokens read up to t, token i
+sees key j by w_ij = exp(g (p_i - p_j)) (q_i . k_j) (do_i . v_j), whose sum over j is q_i . dq_i and over i k_j . dk_j:
+
+    dL/dg = sum_ij (p_i - p_j) w_ij = sum_i (p_i - p_T) (q_i . dq_i) - sum_j (p_j - p_T) (k_j . dk_j) + p_T <dS_0, S_0>,
+
+where the last state takes part as one more reader, at p_T, and the first one as a key at 0. The two sums nearly cancel:
+dq and dk are left in float32 for them.
 """
 
 from __future__ import annotations
@@ -44,7 +52,7 @@ def triton_attention(
 
     Args:
         q: (B, T, H, K); k: (B, T, Hkv, K); v: (B, T, Hkv, V), of one dtype, bfloat16 or float32.
-        log_decay: (H,), 0 or less, without a gradient; None: no decay.
+        log_decay: (H,), 0 or less; None: no decay.
         state: (B, H, K, V).
         first: (B, T) bool, True at the first token of a document.
         keep: (B, T) bool, False at a padded token, where nothing decays; its key must be 0.
@@ -59,8 +67,8 @@ def triton_attention(
         raise ValueError(f"the Triton kernels take bfloat16 or float32, not {q.dtype}, {k.dtype} and {v.dtype}")
     if log_decay is None:
         log_decay = torch.zeros(q.shape[2], device=q.device)
-    if log_decay.dim() != 1 or (log_decay.requires_grad and torch.is_grad_enabled()):
-        raise ValueError("the Triton kernels take one decay a head, fixed: the torch form has all others")
+    if log_decay.dim() != 1:
+        raise ValueError("the Triton kernels take one decay a head: the torch form has one for each token")
     if state is not None:
         state = state.float()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and state.is_inference():
@@ -68,7 +76,7 @@ def triton_attention(
     return triton_forward(q, k, v, log_decay.float(), state, first, keep, segment)
 
 
-@torch.library.custom_op(f"{LIBRARY}::linear_attention", mutates_args=())
+@torch.library.custom_op(f"{LIBRARY}::linear_attention_scan", mutates_args=())
 def triton_forward(
     q: Tensor,
     k: Tensor,
@@ -94,7 +102,7 @@ def _(q, k, v, log_decay, state, first, keep, segment):  # type: ignore[no-untyp
     return q.new_empty((*q.shape[:3], v.shape[3])), _empty_state(q, v)
 
 
-@torch.library.custom_op(f"{LIBRARY}::linear_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{LIBRARY}::linear_attention_scan_backward", mutates_args=())
 def triton_backward(
     dout: Tensor,
     dlast: Tensor,
@@ -105,25 +113,43 @@ def triton_backward(
     state: Tensor | None,
     first: Tensor | None,
     keep: Tensor | None,
+    trained: bool,
     segment: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by q, k, v and the state that there was before the first token."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by q, k, v, the log decays (empty if they are not ``trained``) and the state before the first token."""
     q, k, v, dout = (_rows_together(x) for x in (q, k, v, dout))
     scan = _Scan(q, log_decay, first, keep, segment or _segment(q, v), SPLIT_BACKWARD)
-    dq, dstate = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_state(q, v)
-    dk, dv = (scan.per_query_head(x) for x in (k, v))
+    dq, dstate = (
+        torch.empty(q.shape, dtype=q.dtype if not trained else torch.float32, device=q.device),
+        _empty_state(q, v),
+    )
+    dk, dv = scan.per_query_head(k, wide=trained), scan.per_query_head(v)
     with torch.cuda.device_of(q):
         before = scan.starts(k, v, state, backwards=False)
         after = scan.starts(q, dout, dlast, backwards=True)
         scan.run(dout, v, k, before, dq, turned=True)
         scan.run(k, q, dout, after, dv, dstate, backwards=True)
         scan.run(v, dout, q, after, dk, backwards=True, turned=True)
-    return dq, scan.summed(dk, k), scan.summed(dv, v), dstate
+    decays = log_decay.new_empty(0)
+    if trained:
+        carried = torch.zeros_like(dstate[..., 0, 0]) if state is None else (dstate * state).sum((2, 3))
+        decays = _decay_gradient(q, dq, k, dk, carried, keep).to(log_decay.dtype)
+    return dq.to(q.dtype), scan.summed(dk, k), scan.summed(dv, v), decays, dstate
 
 
 @triton_backward.register_fake
-def _(dout, dlast, q, k, v, log_decay, state, first, keep, segment):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _empty_state(q, v)
+def _(dout, dlast, q, k, v, log_decay, state, first, keep, trained, segment):  # type: ignore[no-untyped-def]
+    decays = log_decay.new_empty(log_decay.shape[0] if trained else 0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), decays, _empty_state(q, v)
+
+
+def _decay_gradient(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, carried: Tensor, keep: Tensor | None) -> Tensor:
+    """(H,) float64, from dq and dk (B, T, H, K) of every query head and <dS_0, S_0> (B, H)."""
+    read = torch.ones(q.shape[:2], device=q.device) if keep is None else keep
+    read = read.cumsum(1, dtype=torch.float64)
+    k = k.unsqueeze(3).expand(*k.shape[:3], q.shape[2] // k.shape[2], k.shape[3]).flatten(2, 3)
+    each = (q * dq).sum(-1, dtype=torch.float64) - (k * dk).sum(-1, dtype=torch.float64)  # (B, T, H)
+    return torch.einsum("bt,bth->h", read - read[:, -1:], each) + torch.einsum("b,bh->h", read[:, -1], carried.double())
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -132,8 +158,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradients(ctx: Any, dout: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, dstate = triton_backward(dout, dlast, *ctx.saved_tensors, ctx.segment)
-    return dq, dk, dv, None, (dstate if ctx.needs_input_grad[4] else None), None, None, None
+    needed = ctx.needs_input_grad
+    dq, dk, dv, decays, dstate = triton_backward(dout, dlast, *ctx.saved_tensors, needed[3], ctx.segment)
+    return dq, dk, dv, (decays if needed[3] else None), (dstate if needed[4] else None), None, None, None
 
 
 triton_forward.register_autograd(_gradients, setup_context=_save)
@@ -151,14 +178,14 @@ class _Scan:
         self.segment, self.split = segment, split and q.dtype != torch.float32
         self.parts = triton.cdiv(self.tokens, segment)
 
-    def per_query_head(self, x: Tensor) -> Tensor:
-        """Room for the gradient of x (B, T, Hkv, D): in float32 where the query heads of a group are still to sum."""
-        dtype = x.dtype if x.shape[2] == self.heads else torch.float32
+    def per_query_head(self, x: Tensor, wide: bool = False) -> Tensor:
+        """Room for the gradient of x (B, T, Hkv, D); in float32 if ``wide`` or if query heads of a group are summed."""
+        dtype = x.dtype if x.shape[2] == self.heads and not wide else torch.float32
         return torch.empty((self.batch, self.tokens, self.heads, x.shape[3]), dtype=dtype, device=x.device)
 
     def summed(self, dx: Tensor, x: Tensor) -> Tensor:
         """The gradient of x from that of each query head."""
-        return dx if x.shape[2] == self.heads else dx.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
+        return (dx if x.shape[2] == self.heads else dx.unflatten(2, (x.shape[2], -1)).sum(3)).to(x.dtype)
 
     def starts(self, b: Tensor, c: Tensor, given: Tensor | None, *, backwards: bool) -> Tensor | None:
         """The state that each segment starts with (B, H, N, K, V); None: zeros."""
