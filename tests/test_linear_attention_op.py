@@ -374,3 +374,18 @@ def test_random_sweep(seed):
     ours = gradients(lambda *given: chunked(*given, chunk=chunk), [clone(x) for x in values], torch.float64)
     for a, b in zip(ours, gradients(naive, [clone(x) for x in values], torch.float64), strict=True):
         assert relative(a, b) < 1e-10
+
+
+def test_a_long_sequence_in_half_precision_has_the_decays_gradient():
+    """Features are never negative, so that sums over the sequence grow; what is rounded must not grow with them."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 1500, heads, 16).relu().bfloat16() for heads in (2, 1))
+    v, weight = torch.randn(1, 1500, 1, 16).bfloat16(), torch.randn(1, 1500, 2, 16)
+    first = torch.rand(1, 1500) < 0.005
+    for documents in (None, first):
+        found = []
+        for dtype in (torch.float64, torch.bfloat16):
+            decay = torch.tensor([-0.5, -0.01], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            out, _ = chunked(q.to(dtype), k.to(dtype), v.to(dtype), decay.requires_grad_(), first=documents)
+            found.append(torch.autograd.grad((out * weight.to(out.dtype)).sum(), decay)[0])
+        assert relative(found[1].double(), found[0]) < 1e-2

@@ -205,13 +205,13 @@ class _Chunked(torch.autograd.Function):
             states, last = _scan(_outer(K, V, w.tail), w.carry, state)
             out = _unrows(_rows(scores) @ V, groups)
             _add(out, Q @ states.to(Q.dtype), w.head)
-        ctx.save_for_backward(Q, K, V, scores, log_decay, first, states, last)
+        ctx.save_for_backward(Q, K, V, scores, log_decay, first, states)
         return _merge_heads(out), last.flatten(1, 2).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout, dlast):  # type: ignore[override]
-        Q, K, V, scores, log_decay, first, states, last = ctx.saved_tensors
+        Q, K, V, scores, log_decay, first, states = ctx.saved_tensors
         groups, chunk = Q.shape[3:5]
         with torch.autocast(Q.device.type, enabled=False):
             w = _decay_weights(log_decay, first, groups, chunk, Q.device)
@@ -221,7 +221,8 @@ class _Chunked(torch.autograd.Function):
 
             dscores = _scores(dO, V, w)  # the decay is the same on the way back
             dQ = _unrows(_rows(dscores) @ K, groups)
-            _add(dQ, dO @ S.transpose(-1, -2), w.head)
+            dQ_head = dO @ S.transpose(-1, -2)  # still undecayed
+            _add(dQ, dQ_head, w.head)
             dK = _rows(dscores).transpose(-1, -2) @ _rows(Q)
             tail = None if w.tail is None else w.tail.transpose(-1, -2)
             dK_tail = V.unsqueeze(3) @ dS.transpose(-1, -2)  # (B, Hkv, N, R, C, K), still undecayed
@@ -229,10 +230,15 @@ class _Chunked(torch.autograd.Function):
             _add_groups(dV, K.unsqueeze(3) @ dS, tail)
             dlog = None
             if ctx.needs_input_grad[3]:
-                per_key = (dscores.mul_(_undecayed(Q, K))).sum(-2)
-                per_key += (_scaled(dK_tail, tail) * K.unsqueeze(3)).sum(-1)
-                at_end = (dstates[:, :, -1] * last).sum((-1, -2))
-                dlog = _decay_gradient((dQ * Q).sum(-1) - per_key, at_end, first, log_decay)
+                assert w.head is not None and w.tail is not None and w.carry is not None
+                wide = dstates.dtype
+                pairs = dscores.mul_(_undecayed(Q, K))
+                head = _scaled((dQ_head.to(wide) * Q).sum(-1), w.head[..., 0])
+                tailed = _scaled((dK_tail.to(wide) * K.unsqueeze(3)).sum(-1), w.tail[..., 0, :])
+                carried = _scaled((dstates * states).sum((-1, -2)), w.carry[..., 0, 0])
+                total = pairs.sum(-1, dtype=wide) - pairs.sum(-2, dtype=wide) + head - tailed
+                total[..., -1] += tailed.sum(-1) + carried
+                dlog = _decay_gradient(total, first, log_decay)
             _add_groups(dK, dK_tail, tail)
         dstate = dfirst.flatten(1, 2) if ctx.needs_input_grad[4] else None
         return _merge_heads(dQ), _merge(dK), _merge(dV), dlog, dstate, None, None
@@ -288,14 +294,14 @@ def _carry(now: Tensor, added: Tensor, carry: Tensor | None, n: int, out: Tensor
         torch.addcmul(added.to(out.dtype), now, carry[:, :, n % carry.shape[2]], out=out)
 
 
-def _decay_gradient(cumulative: Tensor, at_end: Tensor, first: Tensor | None, log_decay: Tensor) -> Tensor:
-    """From the gradient by the cumulated log decay (B, Hkv, N, R, C) to that by the log decay itself.
+def _decay_gradient(total: Tensor, first: Tensor | None, log_decay: Tensor) -> Tensor:
+    """From the gradient by the log decay cumulated over each chunk (B, Hkv, N, R, C) to that by the log decay itself.
 
-    A pair (i, j) counts +x at i and -x at j, so a token's log decay gathers all that comes after it.
+    A key j that token i of its chunk sees counts +x at i and -x at j; +x at i alone, what i sees of the incoming state.
+    So a token's log decay gathers what comes after it in its chunk, and rounding in half precision never adds up over
+    a sequence.
     """
-    flow = cumulative.permute(0, 2, 4, 1, 3).flatten(3, 4).flatten(1, 2)  # (B, T, H)
-    flow = flow.to(torch.promote_types(flow.dtype, torch.float32)).flip(1).cumsum(1).flip(1)
-    flow = flow + at_end.flatten(1, 2)[:, None]
+    flow = total.flip(-1).cumsum(-1).flip(-1).permute(0, 2, 4, 1, 3).flatten(3, 4).flatten(1, 2)  # (B, T, H)
     if first is not None:
         flow = flow.masked_fill(first[..., None], 0.0)
     return (flow.sum((0, 1)) if log_decay.dim() == 1 else flow).to(log_decay.dtype)
