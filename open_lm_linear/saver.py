@@ -151,15 +151,14 @@ class Saver:
             self.newest = job.folder
 
     def wait(self) -> None:
-        """Until the checkpoint in flight has its name."""
+        """Until the last checkpoint has its name, seen by every rank."""
         from open_lm_linear.faults import agree
 
-        if self.job is None:
-            return
-        if self.job.thread is not None:
-            self.job.thread.join()
-        self.advance(False, agree(self.ctx, failed=self.failed)["failed"])
-        self.ctx.barrier()
+        if self.job is not None:
+            if self.job.thread is not None:
+                self.job.thread.join()
+            self.advance(False, agree(self.ctx, failed=self.failed)["failed"])
+        self.ctx.barrier()  # also where a step advanced it: rank 0 may be renaming still
 
     def close(self) -> None:
         """Waits for all that is in flight, the remote copies too."""

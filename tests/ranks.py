@@ -22,6 +22,7 @@ class Ranks:
 
     def __init__(self, log: Path) -> None:
         self.log = log
+        log.touch()
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(log)],
             stdin=subprocess.PIPE,
@@ -30,16 +31,19 @@ class Ranks:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, world: int, argv: Sequence[str], poison: Any = None, full: Any = None) -> list[int]:
+    def start(
+        self, world: int, argv: Sequence[str], poison: Any = None, full: Any = None, late: float = 0
+    ) -> list[int]:
         """Starts ``main`` with these flags on so many ranks; their process ids.
 
         Args:
             poison: [rank, [step, ...]]: before the gradients of these attempts are clipped, one gradient of this rank
                 becomes NaN. Attempts are counted from 0 in each start.
             full: [rank, count]: the disk of this rank is full after so many tensors.
+            late: seconds that rank 0 takes to give a written checkpoint its name.
         """
         assert self.process.stdin and self.process.stdout
-        job = {"world": world, "argv": list(argv), "poison": poison, "full": full}
+        job = {"world": world, "argv": list(argv), "poison": poison, "full": full, "late": late}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -49,8 +53,8 @@ class Ranks:
         assert self.process.stdout
         return json.loads(self.process.stdout.readline())
 
-    def run(self, world: int, argv: Sequence[str], poison: Any = None, full: Any = None) -> list[int]:
-        self.start(world, argv, poison, full)
+    def run(self, world: int, argv: Sequence[str], poison: Any = None, full: Any = None, late: float = 0) -> list[int]:
+        self.start(world, argv, poison, full, late)
         return self.wait()
 
     def text(self) -> str:
@@ -96,6 +100,8 @@ def _rank(log: str, rank: int, job: dict[str, Any], port: int) -> None:
         _poison(job["poison"][1])
     if job["full"] and job["full"][0] == rank:
         _fill(job["full"][1])
+    if job["late"]:
+        _delay(job["late"])
     code = 1
     try:
         main.main()
@@ -131,6 +137,18 @@ def _fill(count: int) -> None:
         write(self, name, rows)
 
     SafetensorsWriter.write = refused  # type: ignore[method-assign]
+
+
+def _delay(seconds: float) -> None:
+    from open_lm_linear.saver import Saver
+
+    finish = Saver._finish
+
+    def late(self: Saver, job: Any) -> None:
+        time.sleep(seconds)
+        finish(self, job)
+
+    Saver._finish = late  # type: ignore[method-assign]
 
 
 def _wait(pids: list[int]) -> list[int]:

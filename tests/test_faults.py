@@ -285,6 +285,15 @@ def test_a_run_that_keeps_failing_stops_with_the_reason(tmp_path: Path, data: Pa
     assert (folder / "out.log").read_text().count("back to step 4") == 2
 
 
+def test_no_rank_returns_to_a_checkpoint_before_it_has_its_name(tmp_path: Path, data: Path, ranks: Ranks) -> None:
+    more = ["--save-every-steps", "2", "--max-skipped-steps", "1"]
+    argv, folder = words(tmp_path, data, "late", *more), tmp_path / "logs" / "late"
+    before = len(ranks.text())
+    codes = ranks.run(2, argv, poison=[1, [4]], late=0.5)
+    assert codes == [0, 0], ranks.text()[before:]
+    assert "back to step 4" in (folder / "out.log").read_text()
+
+
 def test_ranges_of_skipped_samples() -> None:
     state = TrainState()
     for first, count in ((8, 8), (16, 8), (40, 8)):
