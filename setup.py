@@ -34,7 +34,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["open_lm_linear", "open_lm_linear.*"]),
-    package_data={"open_lm_linear": ["py.typed", "evaluation/published.yaml"]},
+    package_data={"open_lm_linear": ["py.typed", "evaluation/published.yaml", "ops/native*"]},
     # configs/ lies beside the package in a checkout and under the environment's share/ when installed from a wheel.
     data_files=[
         (f"share/open_lm_linear/configs/{kind}", sorted(glob(f"configs/{kind}/*")))

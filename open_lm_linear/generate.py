@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from open_lm_linear.cli import UserError, command, parse
-from open_lm_linear.metrics import human_bytes
 from open_lm_linear.parallel import resolve_device
 
 if TYPE_CHECKING:
@@ -207,6 +206,10 @@ def prefill(
     import torch
 
     with torch.no_grad(), _products_of_one_row(model, input_ids):
+        if model.step is not None and past is not None and attention_mask is None:
+            done = model.step(input_ids, past)
+            if done is not None:
+                return done
         for begin in range(0, input_ids.shape[1], chunk):
             span = slice(begin, begin + chunk)
             mask = None if attention_mask is None else attention_mask[:, span]
@@ -216,38 +219,32 @@ def prefill(
 
 
 def lay_out(model: Transformer) -> Transformer:
-    """``model``, its matrices in the memory order in which this CPU multiplies them by few rows fastest, in place.
+    """``model``, made ready for decoding on a CPU, in place; on other devices it is left as it is.
 
-    Shapes, values and names stay, and all is as it was on other devices. In float32 matrices with as many outputs as
-    inputs lie by columns, which safetensors takes only after ``contiguous()``. In bfloat16 they have a second copy
-    (``ops/rows.py``) as large as they are; where that would be more than half of the memory that is free, it says so.
+    Matrices multiply few rows by compiled code (`ops/native.cpp`), and blocks of linear attention, or a whole model of
+    them, do a token in one call of it. Values, shapes and names stay; an optimizer that was made before has other
+    parameters. Where that code cannot be built, a warning says so once, and nothing changes. After parts of the model
+    were exchanged for others, call it again.
     """
-    import psutil
     import torch
 
     from open_lm_linear.feature_maps import FeatureMap
-    from open_lm_linear.ops import rows
+    from open_lm_linear.native_model import make_native
+    from open_lm_linear.ops.native import native_library, takes_matrix
+    from open_lm_linear.ops.rows import RowsParameter
 
+    if model.head_weight().device.type != "cpu" or native_library() is None:
+        return model
     parts: list[Any] = [
         part
         for part in model.modules()
         if isinstance(part, torch.nn.Linear) or (isinstance(part, FeatureMap) and part.layout == "full")
     ]
     parts += [model.tok_embeddings] if model.output is None else []
-    packed = [part for part in parts if rows.packable(part.weight)]
-    copies, free = sum(part.weight.nbytes for part in packed), psutil.virtual_memory().available
-    if copies > free / 2:
-        print(
-            f"no second copy of {human_bytes(copies)} of weights, which would make decoding faster: "
-            f"{human_bytes(free)} of memory are free",
-            file=sys.stderr,
-        )
-        packed = []
     for part in parts:
-        if isinstance(part, torch.nn.Linear):
-            rows.by_columns(part)
-        if part in packed:
-            part.weight = rows.PackedParameter(part.weight, part.weight.requires_grad).pack()
+        if takes_matrix(part.weight) and type(part.weight) is torch.nn.Parameter:
+            part.weight = RowsParameter(part.weight, part.weight.requires_grad)
+    make_native(model)
     return model
 
 
@@ -258,7 +255,8 @@ def _products_of_one_row(model: Transformer, input_ids: torch.Tensor) -> Iterato
 
     onednn: Any = torch.backends.mkldnn
     weight, before = model.head_weight(), onednn.enabled
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and input_ids.numel() == 1:
+    plain = type(weight) is torch.nn.Parameter  # no `RowsParameter`, which has a product of its own
+    if plain and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and input_ids.numel() == 1:
         onednn.enabled = False
     try:
         yield

@@ -110,8 +110,11 @@ def build_feed_forward(config: ModelConfig, layer: int) -> FeedForward | None:
 class Block(nn.Module):
     """h = x + attention(norm(x)); h + feed_forward(norm(h)), norms before, after, or on both sides.
 
-    Without a feed-forward part (``ffn_type`` none) the block is h.
+    Without a feed-forward part (``ffn_type`` none) the block is h. ``step``, where there is one, may do a call in its
+    place, with the same arguments and results; it gives None for a call that it does not take (`native_model`).
     """
+
+    step: Callable[..., tuple[Tensor, State] | None] | None = None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -133,6 +136,9 @@ class Block(nn.Module):
             part.init_weights()  # type: ignore[operator]
 
     def forward(self, x: Tensor, positions: Tensor, keep: Any, first: Any, state: Any) -> tuple[Tensor, State]:
+        done = None if self.step is None else self.step(x, positions, keep, first, state)
+        if done is not None:
+            return done
         mixed, state = self.attention(self.before_attention(x), positions, keep=keep, first=first, state=state)
         return self.after_attention(x, mixed), state
 
@@ -192,8 +198,11 @@ class Transformer(nn.Module):
     """OpenLM's Transformer: embeddings -> blocks -> norm -> output, keys as in its checkpoints.
 
     ``state_dict()`` has one key a parameter; ``load_state_dict`` also takes OpenLM's doubled ones (a tied
-    ``output.weight``, the gelu feed-forward under both of its names) and refuses them when they disagree.
+    ``output.weight``, the gelu feed-forward under both of its names) and refuses them when they disagree. ``step``,
+    where there is one, may do a token of decoding in its place (`native_model`).
     """
+
+    step: Callable[[Tensor, Past], tuple[Tensor, Past] | None] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -373,6 +382,8 @@ def _keep(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
 def _positions(x: Tensor, past: Past | None, keep: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor]:
     """Position of each token (B or 1, T), counting neither padding nor earlier documents, and of the next (B,)."""
     batch, tokens = x.shape[:2]
+    if tokens == 1 and past is not None and keep is None and first is None:
+        return past.positions[:, None], past.positions + 1
     index = torch.arange(tokens, device=x.device)
     begin = torch.zeros(batch, dtype=torch.long, device=x.device) if past is None else past.positions
     if keep is None and first is None:

@@ -56,7 +56,7 @@ class Rotary:
             return q, k
         wide = torch.promote_types(q.dtype, torch.float32)
         if self.layout == "head_rotary":
-            frequencies = self._frequencies(positions)
+            frequencies = self.frequencies(positions)
             # A group of query heads shares its key head's angle, so the products are those of one key per head.
             kv_heads = torch.arange(k.shape[2], device=k.device)
             q_heads = kv_heads.repeat_interleave(q.shape[2] // k.shape[2])
@@ -68,11 +68,11 @@ class Rotary:
     def _table_of(self, positions: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B or 1, T, 1, D/2) at ``positions``, computed once for all layers that turn alike."""
         if _changes_unseen(positions):
-            return self._table(positions[:, :, None], self._frequencies(positions), wide)
+            return self._table(positions[:, :, None], self.frequencies(positions), wide)
         kind = (self.kind, wide)
         kept = _LAST.get(kind)
         if kept is None or kept[0]() is not positions or kept[1] != positions._version:
-            table = self._table(positions[:, :, None], self._frequencies(positions), wide)
+            table = self._table(positions[:, :, None], self.frequencies(positions), wide)
             kept = weakref.ref(positions, lambda gone: _forget(kind, gone)), positions._version, table
             _LAST[kind] = kept
         return kept[2]
@@ -94,7 +94,7 @@ class Rotary:
         turned = turned.to(x.dtype)
         return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
-    def _frequencies(self, positions: Tensor) -> Tensor:
+    def frequencies(self, positions: Tensor) -> Tensor:
         """The D/2 frequencies, float32, for a call whose furthest position is that of ``positions``."""
         kind = None if self.scaling is None else self.scaling["rope_type"]
         if kind not in ("dynamic", "longrope"):

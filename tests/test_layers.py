@@ -16,14 +16,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From low to high. A module imports from lower layers, from its own folder, and from its own line here.
 LAYERS = [
-    ["cli", "retired", "stages"],
+    ["cli", "cache", "retired", "stages"],
     ["architecture"],
     ["norms", "rotary", "feature_maps", "ops"],
     ["attention"],
     ["model"],
     [
         *("pretrained", "data", "optim", "groups", "averaging", "parallel", "checkpoint", "saver", "remote_copy"),
-        *("faults", "metrics", "generate", "fit", "decoding", "gauges", "profiling", "objectives"),
+        *("faults", "metrics", "generate", "fit", "decoding", "gauges", "profiling", "objectives", "native_model"),
     ],
     ["config", "hf"],
     ["evaluation"],

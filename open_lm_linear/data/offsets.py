@@ -78,7 +78,7 @@ def _stamp(path: str, rows: np.ndarray) -> list[int]:
 
 def _places(path: str) -> Iterator[str]:
     """Beside the tar, then in the cache."""
-    from open_lm_linear.pretrained.presets import cache_folder
+    from open_lm_linear.cache import cache_folder
 
     path = os.path.abspath(path)
     yield path + SUFFIX

@@ -144,7 +144,7 @@ def make_room(limit: int, keep: Keep) -> None:
 
 
 def _cache() -> Path:
-    from open_lm_linear.pretrained.presets import cache_folder
+    from open_lm_linear.cache import cache_folder
 
     return cache_folder() / "remote"
 

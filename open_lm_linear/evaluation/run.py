@@ -203,6 +203,8 @@ Loader = Callable[["torch.dtype"], "Transformer"]
 def loaders(run: Path, cfg: Config, device: torch.device) -> dict[str, Loader]:
     """How to load what is compared: teacher (where the run began from one), swapped (before step 0) and uptrained.
 
+    They come laid out for decoding.
+
     Args:
         run: the folder of the run or of its last stage.
         cfg: what it began with, which in a run with stages is the first one's.
@@ -221,7 +223,11 @@ def loaders(run: Path, cfg: Config, device: torch.device) -> dict[str, Loader]:
     found: dict[str, Loader] = {"teacher": teacher, "swapped": swapped, "uptrained": uptrained}
     if not cfg.model.pretrained:
         del found["teacher"]
-    return found
+    return {name: _laid_out(load) for name, load in found.items()}
+
+
+def _laid_out(load: Loader) -> Loader:
+    return lambda dtype: generation.lay_out(load(dtype))
 
 
 def evaluate_run(args: RunArgs, device: str = "auto") -> dict[str, Any]:

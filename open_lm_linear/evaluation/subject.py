@@ -47,6 +47,7 @@ def load_subject(
     """
     import torch
 
+    from open_lm_linear.generate import lay_out
     from open_lm_linear.hf.wrap import wrap
     from open_lm_linear.pretrained import load_pretrained, load_tokenizer
 
@@ -56,7 +57,7 @@ def load_subject(
         model, trained_at = model.to(device), getattr(model.config, "max_position_embeddings", None)
     else:
         tokenizer = load_tokenizer(source)
-        ours = load_pretrained(source, dtype=dtype, device=torch.device(device))
+        ours = lay_out(load_pretrained(source, dtype=dtype, device=torch.device(device)))
         model, trained_at = wrap(ours, tokenizer=tokenizer), ours.config.seq_len
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {source} has {len(tokenizer)} tokens, more than the model: they do not fit.")

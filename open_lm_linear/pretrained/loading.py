@@ -13,11 +13,11 @@ from torch import nn
 
 from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig, ModelSection
+from open_lm_linear.cache import cache_folder
 from open_lm_linear.cli import UserError
 from open_lm_linear.model import Transformer, read_config, swap
 from open_lm_linear.parallel import Context, ParallelConfig, apply, put, put_rows, storage
 from open_lm_linear.pretrained.matching import Match, Recipe, match, require_equal
-from open_lm_linear.pretrained.presets import cache_folder
 from open_lm_linear.pretrained.sources import TORCH_SUFFIXES, Source, open_source
 from open_lm_linear.stages import stage_folders
 

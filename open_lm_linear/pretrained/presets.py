@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from open_lm_linear.cache import cache_folder
 from open_lm_linear.cli import UserError
 
 
@@ -59,11 +59,6 @@ PRESETS = {
     "llama2": Preset("meta-llama/Llama-2-7b-hf", recipe="llama2_7b_supra_20b", licence="Llama 2 Community"),
     "llama3": Preset("meta-llama/Meta-Llama-3-8B", recipe="llama3_8b_supra_20b", licence="Llama 3 Community"),
 }
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $OPEN_LM_LINEAR_CACHE, or ~/.cache/open_lm_linear."""
-    return Path(os.environ.get("OPEN_LM_LINEAR_CACHE", Path.home() / ".cache" / "open_lm_linear"))
 
 
 def fetch_wheel(wheel: Wheel) -> Path:

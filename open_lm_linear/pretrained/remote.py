@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
+from open_lm_linear.cache import cache_folder
 from open_lm_linear.cli import UserError
 from open_lm_linear.pretrained.places import LocalPlace, Place
-from open_lm_linear.pretrained.presets import cache_folder
 
 WEIGHTS = (".gguf", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -1,0 +1,178 @@
+// Products of a matrix and a few rows, and norms: what all of the compiled code is made of. All sums are float32.
+//
+// Every weight is read once a token, so the floor is the time of reading them. What keeps to it: the rows of a matrix
+// are read in the order of memory, each thread a run of its own, and bfloat16 becomes float32 in registers.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// The structs are those of native.py.
+
+struct Matrix {       // y = W x + b
+    const void* w;    // (out, in), rows one behind the other; null: no matrix
+    const float* b;   // (out,) or null
+    int64_t out, in;
+    int64_t bfloat16;  // the type of w, float32 otherwise
+};
+
+struct Norm {
+    int64_t kind;  // 0: none, 1: by the root of the mean square, 2: by mean and variance
+    const float *gain, *bias;  // or null
+    double eps;
+};
+
+constexpr long LANES = 16;
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+
+inline float widen(Bfloat16 x) {
+    uint32_t word = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+inline void narrow(float x, float* to) { *to = x; }
+
+inline void narrow(float x, Bfloat16* to) {  // to the nearest, ties to even, as torch rounds
+    uint32_t word;
+    std::memcpy(&word, &x, sizeof word);
+    to->bits = x != x ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+inline Lanes load(const float* p) {
+    Lanes x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+template <class T>
+T upper_half_added(const void* values) {
+    T low, high;
+    std::memcpy(&low, values, sizeof low);
+    std::memcpy(&high, static_cast<const char*>(values) + sizeof low, sizeof high);
+    return low + high;
+}
+
+inline float total(Lanes x) {
+    const Eight eight = upper_half_added<Eight>(&x);
+    const Four four = upper_half_added<Four>(&eight);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+// The products of two runs of 2 * LANES values, bfloat16 ones by pairs: a word has an even one below and an odd one
+// above, so that x must lie by `paired`.
+inline void add_products(const float* w, const float* x, Lanes& even, Lanes& odd) {
+    even += load(w) * load(x);
+    odd += load(w + LANES) * load(x + LANES);
+}
+
+inline void add_products(const Bfloat16* w, const float* x, Lanes& even, Lanes& odd) {
+    Words words, low, high;
+    std::memcpy(&words, w, sizeof words);
+    low = words << 16, high = words & 0xffff0000u;
+    Lanes a, b;
+    std::memcpy(&a, &low, sizeof a);
+    std::memcpy(&b, &high, sizeof b);
+    even += a * load(x);
+    odd += b * load(x + LANES);
+}
+
+struct Rows {
+    const float* first;
+    long stride;
+};
+
+// Rows of n values as `dot` wants them beside weights of type W: even before odd in every whole run of 2 * LANES.
+Rows paired(const float*, Rows x, long, long) { return x; }
+
+Rows paired(const Bfloat16*, Rows x, long rows, long n) {
+    thread_local std::vector<float> kept;
+    if (long(kept.size()) < rows * n) kept.resize(rows * n);
+    for (long r = 0; r < rows; r++) {
+        const float* from = x.first + r * x.stride;
+        float* to = kept.data() + r * n;
+        long i = 0;
+        for (; i + 2 * LANES <= n; i += 2 * LANES)
+            for (long j = 0; j < LANES; j++) to[i + j] = from[i + 2 * j], to[i + LANES + j] = from[i + 2 * j + 1];
+        std::copy(from + i, from + n, to + i);
+    }
+    return {kept.data(), n};
+}
+
+template <class W>
+float dot(const W* w, const float* x, long n) {
+    Lanes a = {}, b = {}, c = {}, d = {};
+    long i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        add_products(w + i, x + i, a, b);
+        add_products(w + i + 2 * LANES, x + i + 2 * LANES, c, d);
+    }
+    if (i + 2 * LANES <= n) add_products(w + i, x + i, a, b), i += 2 * LANES;
+    float sum = total((a + b) + (c + d));
+    for (; i < n; i++) sum += widen(w[i]) * x[i];
+    return sum;
+}
+
+struct Share {  // of a thread
+    long index, count;
+    long begin(long n) const { return n * index / count; }
+    long end(long n) const { return n * (index + 1) / count; }
+    long size(long n) const { return end(n) - begin(n); }
+};
+
+template <class W>
+void times(const Matrix& m, long first, long count, Rows x, float* y, long y_stride, long rows) {
+    const W* w = static_cast<const W*>(m.w) + first * m.in;
+    x = paired(w, x, rows, m.in);
+    for (long o = 0; o < count; o++, w += m.in)
+        for (long r = 0; r < rows; r++)
+            y[r * y_stride + o] = dot(w, x.first + r * x.stride, m.in) + (m.b ? m.b[first + o] : 0.0f);
+}
+
+// `count` outputs of W x + b from the `first` on, for each of the rows.
+void product(const Matrix& m, long first, long count, const float* x, long x_stride, float* y, long y_stride,
+             long rows) {
+    (m.bfloat16 ? times<Bfloat16> : times<float>)(m, first, count, {x, x_stride}, y, y_stride, rows);
+}
+
+void normalise(const Norm& norm, const float* x, float* y, long n) {
+    if (norm.kind == 0) {
+        if (x != y) std::memcpy(y, x, n * sizeof *x);
+        return;
+    }
+    double mean = 0, square = 0;
+    if (norm.kind == 2) {
+        Lanes sum = {};
+        long i = 0;
+        for (; i + LANES <= n; i += LANES) sum += load(x + i);
+        mean = total(sum);
+        for (; i < n; i++) mean += x[i];
+        mean /= n;
+    }
+    for (long i = 0; i < n; i++) y[i] = x[i] - float(mean);
+    square = dot(y, y, n) / n;
+    float scale = float(1 / std::sqrt(square + norm.eps));
+    for (long i = 0; i < n; i++) {
+        float value = y[i] * scale;
+        if (norm.gain) value *= norm.gain[i];
+        y[i] = norm.bias ? value + norm.bias[i] : value;
+    }
+}
+
+}  // namespace
