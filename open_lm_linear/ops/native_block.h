@@ -111,7 +111,7 @@ struct Layout {
           wide(std::max({b.heads * b.v_dim, b.hidden, b.dim})), copy(std::max(b.dim, projected)) {}
     long shared() const { return projected + queries + keys + 3 * wide; }
     long own(const Block& b) const { return b.dim + copy + queries + keys + 2 * b.rotary_pairs; }
-    static long of_a_head(const Block& b) { return 2 * b.features + std::max(b.map_rows, b.v_dim); }
+    static long of_a_head(const Block& b) { return 2 * b.features; }
     long size(const Block& b, long rows, long threads) const {
         return rows * shared() + threads * (rows * own(b) + of_a_head(b));
     }
@@ -168,8 +168,8 @@ private:
     const Share share;
     const long rows;
     float *projected, *queries, *keys;  // q | k | v of each row, and the features of its heads
-    float *mixed, *given, *upper;       // what goes into a part's last matrix, what comes out; the feed-forward's up
-    float *normed, *copy;               // this thread's: what a part reads; the stream, or q | k | v
+    float *mixed, *given, *upper;       // what goes into a part's last matrix, what comes out; gates and ups
+    float *normed, *copy;               // this thread's: what a part reads; the stream, or queries and keys
     float *my_queries, *my_keys, *cos_sin, *head;
 
     // This thread's share of a product.
@@ -211,48 +211,46 @@ private:
     }
 
     void features() {
-        const long heads = b.heads + b.kv_heads;
+        const long Q = b.heads * b.k_dim, K = b.kv_heads * b.k_dim;
+        float *q = copy, *k = copy + rows * Q;  // all queries, then all keys
         for (long r = 0; r < rows; r++) {
-            float* row = copy + r * at.projected;
-            std::memcpy(row, projected + r * at.projected, heads * b.k_dim * sizeof *row);
+            std::copy_n(projected + r * at.projected, Q, q + r * Q);
+            std::copy_n(projected + r * at.projected + Q, K, k + r * K);
             if (b.norms_at == 1) {
-                heads_normed(b.q_norm, row, b.heads);
-                heads_normed(b.k_norm, row + b.heads * b.k_dim, b.kv_heads);
+                heads_normed(b.q_norm, q + r * Q, b.heads);
+                heads_normed(b.k_norm, k + r * K, b.kv_heads);
             }
-            if (b.rotary_at == 1)
-                for (long h = 0; h < heads; h++) turned(row + h * b.k_dim, r);
+            for (long h = 0; b.rotary_at == 1 && h < b.heads; h++) turned(q + r * Q + h * b.k_dim, r);
+            for (long h = 0; b.rotary_at == 1 && h < b.kv_heads; h++) turned(k + r * K + h * b.k_dim, r);
         }
-        const long first_key = b.heads * b.k_dim, R = b.map_rows;
-        const Share& s = share;
+        if (b.q_map.w && b.q_map.w == b.k_map.w) {  // one map, with as many heads of both: its rows are read once
+            map(b.q_map, b.heads, q, Q, my_queries, at.queries, 2 * rows);
+        } else {
+            map(b.q_map, b.heads, q, Q, my_queries, at.queries, rows);
+            map(b.k_map, b.kv_heads, k, K, my_keys, at.keys, rows);
+        }
         for (long r = 0; r < rows; r++) {
-            const float* row = copy + r * at.projected;
-            if (b.q_map.w && b.q_map.w == b.k_map.w) {  // one map, each of whose rows is read once for both
-                map(b.q_map, s.begin(b.heads), s.size(b.heads), row, 2, first_key, my_queries, my_keys - my_queries);
-            } else {
-                map(b.q_map, s.begin(b.heads), s.size(b.heads), row, 1, 0, my_queries, 0);
-                map(b.k_map, s.begin(b.kv_heads), s.size(b.kv_heads), row + first_key, 1, 0, my_keys, 0);
-            }
-            for (long h = s.begin(b.heads), i = 0; h < s.end(b.heads); h++, i++)
-                activate(b.map_activation, my_queries + i * R, queries + r * at.queries + h * b.features, R, limit());
-            for (long h = s.begin(b.kv_heads), i = 0; h < s.end(b.kv_heads); h++, i++)
-                activate(b.map_activation, my_keys + i * R, keys + r * at.keys + h * b.features, R, limit());
+            activated(b.heads, my_queries + r * at.queries, queries + r * at.queries);
+            activated(b.kv_heads, my_keys + r * at.keys, keys + r * at.keys);
         }
     }
 
-    float limit() const { return float(b.exp_limit); }
-
-    // W x + b of so many heads, from what all heads have projected; for `inputs` of these, `stride` apart.
-    void map(const Matrix& m, long first, long heads, const float* in, long inputs, long stride, float* out,
-             long apart) {
-        const long R = b.map_rows;
-        if (b.map_layout == 0) return product(m, first * R, heads * R, in, stride, out, apart, inputs);
-        for (long h = 0; h < heads; h++) {
+    // W x + b of this thread's share of the heads, from `inputs` rows of all of them.
+    void map(const Matrix& m, long heads, const float* in, long in_stride, float* out, long out_stride, long inputs) {
+        const long R = b.map_rows, first = share.begin(heads), count = share.size(heads);
+        if (b.map_layout == 0) return product(m, first * R, count * R, in, in_stride, out, out_stride, inputs);
+        for (long h = 0; h < count; h++) {
             const float* own = in + (first + h) * b.k_dim;
             if (b.map_layout == 1)
-                product(m, (first + h) * R, R, own, stride, out + h * R, apart, inputs);
+                product(m, (first + h) * R, R, own, in_stride, out + h * R, out_stride, inputs);
             else
-                std::memcpy(out + h * R, own, R * sizeof *out);
+                for (long r = 0; r < inputs; r++) std::copy_n(own + r * in_stride, R, out + r * out_stride + h * R);
         }
+    }
+
+    void activated(long heads, const float* mapped, float* out) const {
+        for (long h = share.begin(heads), i = 0; h < share.end(heads); h++, i++)
+            activate(b.map_activation, mapped + i * b.map_rows, out + h * b.features, b.map_rows, float(b.exp_limit));
     }
 
     // Features normed over all heads, without gain and bias: these are one a query head, also for the keys.
@@ -277,7 +275,7 @@ private:
         }
         const long group = b.heads / b.kv_heads, F = b.features, V = b.v_dim;
         const long values = (b.heads + b.kv_heads) * b.k_dim;
-        float *q = head, *k = q + F, *z = k + F;
+        float *q = head, *k = q + F;
         for (long h = share.begin(b.heads); h < share.end(b.heads); h++)
             for (long r = 0; r < rows; r++) {
                 std::memcpy(q, all_queries + r * at.queries + h * F, F * sizeof *q);
@@ -286,11 +284,16 @@ private:
                 for (long i = 0; i < F; i++) k[i] *= float(b.key_scale);
                 float* out = mixed + r * at.wide + h * V;
                 one_head(r, h, q, k, projected + r * at.projected + values + h / group * V, out);
-                if (b.gate.w) {
-                    product(b.gate, h * V, V, normed + r * b.dim, 0, z, 0, 1);
-                    for (long j = 0; j < V; j++) out[j] *= 2 / (1 + std::exp(-z[j]));
-                }
             }
+        if (b.gate.w) gated();
+    }
+
+    void gated() {
+        const long first = share.begin(b.heads) * b.v_dim, count = share.size(b.heads) * b.v_dim;
+        product(b.gate, first, count, normed, b.dim, upper + first, at.wide, rows);
+        for (long r = 0; r < rows; r++)
+            for (long i = first; i < first + count; i++)
+                mixed[r * at.wide + i] *= 2 / (1 + std::exp(-upper[r * at.wide + i]));
     }
 
     void one_head(long row, long h, float* q, float* k, const float* v, float* out) const {
