@@ -138,7 +138,7 @@ def _few(x: Tensor) -> bool:
     """Whether x (B, 1, ...) is a token of few sequences that nothing else has a hand in."""
     if x.shape[1] != 1 or not 0 < x.shape[0] <= ROWS or x.device.type != "cpu" or torch.is_grad_enabled():
         return False
-    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
 
 def _through(

@@ -9,7 +9,7 @@ from conftest import relative, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_lm_linear.model import create_model
-from open_lm_linear.ops import losses
+from open_lm_linear.ops import losses, native_losses
 from open_lm_linear.ops.losses import (
     IGNORE,
     Teaching,
@@ -17,14 +17,21 @@ from open_lm_linear.ops.losses import (
     chunked_distillation,
     cross_entropy_per_token,
 )
+from open_lm_linear.ops.native import native_library
 
 TOKENS, DIM, VOCAB = 50, 16, 37
 
 
-@pytest.fixture(autouse=True)
-def few_rows_at_a_time(monkeypatch):
-    """As with a large vocabulary: a chunk of these sizes is reduced in several goes."""
-    monkeypatch.setattr(losses, "CACHED", 4 * VOCAB)
+@pytest.fixture(autouse=True, params=["torch", "compiled"])
+def form(request, monkeypatch):
+    """By torch as with a large vocabulary, a chunk of these sizes in several goes; and by the compiled code."""
+    if request.param == "torch":
+        monkeypatch.setattr(losses, "CACHED", 4 * VOCAB)
+        monkeypatch.setattr(losses, "native_entropy", lambda *_: None)
+        monkeypatch.setattr(losses, "native_divergence", lambda *_: None)
+    elif native_library() is None:
+        pytest.skip("no C++ compiler")
+    return request.param
 
 
 def batch(dtype=torch.float64, ignored=0.3):
@@ -337,7 +344,51 @@ def test_no_logits_of_all_tokens_are_ever_made():
     assert shapes.largest == 20 * vocab
 
 
-def test_float32_logits_are_of_a_few_rows_alone():
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 5, 16, 33, 2000])
+def test_the_compiled_code_at_every_size(vocab, dtype, threads, form, monkeypatch):
+    if form == "torch":
+        pytest.skip("of the compiled code")
+    monkeypatch.setattr(native_losses, "native_threads", lambda elements: threads)
+    logits, theirs = ((20 * torch.randn(9, vocab)).to(dtype) for _ in range(2))
+    targets = torch.randint(vocab, (9,)).masked_fill(torch.arange(9) == 4, IGNORE)
+    x, y = (z.double() for z in (logits, theirs))
+    x.requires_grad_()
+    entropy = F.cross_entropy(x, targets, ignore_index=IGNORE, reduction="sum")
+    square = x.logsumexp(-1)[targets != IGNORE].square().sum()
+    apart = F.kl_div(x.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    divergence = apart[targets != IGNORE].sum()
+    totals = entropy + 0.1 * square, 0.3 * entropy + 2 * divergence
+    found = [logits.clone(), logits.clone()]
+    sums = [
+        native_losses.native_entropy(found[0], targets, 0.1, True),
+        native_losses.native_divergence(found[1], theirs, targets, 0.3, 2.0, True),
+    ]
+    for each, exact in zip(sums, ((entropy, totals[0]), (entropy, divergence, totals[1])), strict=True):
+        torch.testing.assert_close(each.double(), torch.stack(exact).detach(), rtol=2e-6, atol=2e-4)
+    for gradient, total in zip(found, totals, strict=True):
+        (exact,) = torch.autograd.grad(total, x, retain_graph=True)
+        bound = 1e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(gradient.double(), exact, rtol=bound, atol=1e-5)
+    kept = logits.clone()
+    assert torch.equal(native_losses.native_entropy(kept, targets, 0.1, False), sums[0])
+    assert torch.equal(native_losses.native_divergence(kept, theirs, targets, 0.3, 2.0, False), sums[1])
+    assert torch.equal(kept, logits)
+
+
+def test_losses_that_are_no_numbers_stay_so(form):
+    hidden, weight, targets = batch(torch.float32, ignored=0)
+    hidden[3] = float("nan")
+    hidden[5] = float("inf")
+    assert chunked_cross_entropy(hidden, weight, targets).isnan().all()
+    taught = Teaching(torch.randn(TOKENS, 3), torch.randn(VOCAB, 3))
+    assert chunked_distillation(hidden, weight, targets, taught).isnan().all()
+
+
+def test_float32_logits_are_of_a_few_rows_alone(form):
+    if form == "compiled":
+        pytest.skip("which makes none")
     hidden, weight = torch.randn(40, 4, requires_grad=True), torch.randn(VOCAB, 4, requires_grad=True)
     wide = []
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from open_lm_linear.ops.native_losses import native_divergence, native_entropy
+
 Tensor = torch.Tensor
 
 IGNORE = -100
@@ -42,8 +44,12 @@ def chunked_cross_entropy(
         (2,) float32: the cross entropy alone, for the log, and the total with z-loss, to be differentiated.
     """
 
-    def loss_of(chunk: slice) -> RowsLoss:
-        return lambda logits, rows: _entropy(logits, targets[chunk][rows], z_loss)
+    def loss_of(chunk: slice) -> ChunkLoss:
+        target = targets[chunk]
+        return ChunkLoss(
+            lambda logits, rows: _entropy(logits, target[rows], z_loss),
+            lambda logits, gradient: native_entropy(logits, target, z_loss, gradient),
+        )
 
     return _by_chunks(hidden, weight, chunk, softcap, loss_of)
 
@@ -130,15 +136,16 @@ def chunked_distillation(
     if isinstance(teaching, TopTeaching):
         ids, log_p = teaching.ids.flatten(0, -2), teaching.log_p.flatten(0, -2)
 
-        def loss_of_kept(chunk: slice) -> RowsLoss:
-            of = ids[chunk], log_p[chunk], targets[chunk]
-            return lambda logits, rows: _top_divergence(logits, of[0][rows], of[1][rows], of[2][rows], teaching, z_loss)
+        def loss_of_kept(chunk: slice) -> ChunkLoss:
+            top, p, target = ids[chunk], log_p[chunk], targets[chunk]
+            return ChunkLoss(lambda x, rows: _top_divergence(x, top[rows], p[rows], target[rows], teaching, z_loss))
 
         return _by_chunks(hidden, weight, chunk, softcap, loss_of_kept)
     dtype = _compute_dtype(hidden)
     theirs, their_weight = teaching.hidden.detach().flatten(0, -2), teaching.weight.detach().to(dtype)
+    plain = teaching.temperature == 1 and not (teaching.top_k or teaching.softcap or z_loss)
 
-    def loss_of(chunk: slice) -> RowsLoss:
+    def loss_of(chunk: slice) -> ChunkLoss:
         reference, target = theirs[chunk].to(dtype) @ their_weight.T, targets[chunk]
 
         def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -148,18 +155,26 @@ def chunked_distillation(
                 return _top_divergence(logits, *top, target[rows], teaching, z_loss)
             return _divergence(logits, wide, target[rows], teaching, z_loss)
 
-        return loss
+        def at_once(logits: Tensor, gradient: bool) -> Tensor | None:
+            return native_divergence(logits, reference, target, teaching.ce, teaching.kl, gradient)
+
+        return ChunkLoss(loss, at_once if plain else None)
 
     return _by_chunks(hidden, weight, chunk, softcap, loss_of)
 
 
-# Of logits (n, V), which it may overwrite, and their rows within the chunk: sums (K,) and the gradient (n, V) of the
-# last of them.
-RowsLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+@dataclass(frozen=True)
+class ChunkLoss:
+    """The loss of a chunk of logits (n, V)."""
+
+    rows: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+    """Of some of them, which it may overwrite, and their rows: sums (K,) and the gradient by the last of these."""
+    at_once: Callable[[Tensor, bool], Tensor | None] | None = None
+    """Of all, which become that gradient if it is wanted: sums (K,); or None, and nothing done."""
 
 
 def _by_chunks(
-    hidden: Tensor, weight: Tensor, chunk: int, softcap: float | None, loss_of: Callable[[slice], RowsLoss]
+    hidden: Tensor, weight: Tensor, chunk: int, softcap: float | None, loss_of: Callable[[slice], ChunkLoss]
 ) -> Tensor:
     need = torch.is_grad_enabled() and (hidden.requires_grad, weight.requires_grad)
     return _ByChunks.apply(hidden, weight, chunk, softcap, loss_of, _compute_dtype(hidden), need or (False, False))
@@ -204,15 +219,19 @@ class _ByChunks(torch.autograd.Function):
         return *grads, *[None] * 5
 
 
-def _reduce(logits: Tensor, softcap: float | None, loss: RowsLoss, gradient: bool) -> Tensor:
+def _reduce(logits: Tensor, softcap: float | None, loss: ChunkLoss, gradient: bool) -> Tensor:
     """The sums (K,) of a chunk's loss, in float32; ``logits`` (n, V) become the gradient by them, if it is wanted."""
+    if loss.at_once is not None and softcap is None:
+        sums = loss.at_once(logits, gradient)
+        if sums is not None:
+            return sums
     wide = torch.promote_types(logits.dtype, torch.float32)
     step = max(1, CACHED // logits.shape[1] if logits.device.type == "cpu" else len(logits))
     total: Any = 0.0
     for begin in range(0, max(1, len(logits)), step):
         rows = slice(begin, begin + step)
         capped, slope = _capped(logits[rows].to(wide), softcap)
-        sums, grad = loss(capped, rows)
+        sums, grad = loss.rows(capped, rows)
         total = total + sums
         if gradient:
             logits[rows] = grad if slope is None else grad.mul_(slope)

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "native_block.h"
+#include "native_losses.h"
 
 namespace {
 
@@ -95,5 +96,22 @@ void few_rows(const Matrix* m, int64_t rows, const void* x, void* y, float* memo
         products(*m, rows, static_cast<const Bfloat16*>(x), static_cast<Bfloat16*>(y), memory, threads);
     else
         products(*m, rows, static_cast<const float*>(x), static_cast<float*>(y), memory, threads);
+}
+
+// Cross entropy, and with z-loss, of logits x (rows, n) that become its gradient: sums (rows, 2). 1: a wrong target.
+int entropy_rows(void* x, const int64_t* targets, int64_t rows, int64_t n, double z_loss, int64_t gradient,
+                 double* sums, int64_t threads, int64_t bfloat16) {
+    if (bfloat16) return entropies(static_cast<Bfloat16*>(x), targets, rows, n, z_loss, gradient, sums, threads);
+    return entropies(static_cast<float*>(x), targets, rows, n, z_loss, gradient, sums, threads);
+}
+
+// Cross entropy, divergence from a teacher's logits, and their weighted sum, in the same way: sums (rows, 3).
+int divergence_rows(void* x, const void* teacher, const int64_t* targets, int64_t rows, int64_t n, double ce, double kl,
+                    int64_t gradient, double* sums, int64_t threads, int64_t bfloat16) {
+    const auto of = [=](auto* logits) {
+        const auto* theirs = static_cast<decltype(logits)>(const_cast<void*>(teacher));
+        return divergences(logits, theirs, targets, rows, n, ce, kl, gradient, sums, threads);
+    };
+    return bfloat16 ? of(static_cast<Bfloat16*>(x)) : of(static_cast<float*>(x));
 }
 }

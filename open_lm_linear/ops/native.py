@@ -1,4 +1,4 @@
-"""Builds and calls `native.cpp`, the code by which a CPU decodes: no release carries it compiled.
+"""Builds and calls `native.cpp`: what a CPU decodes by, and its losses. No release carries it compiled.
 
 It is built at first use by the machine's own C++ compiler for its own processor, in two seconds, and kept in the cache
 folder. $CXX names the compiler; OPEN_LM_LINEAR_NATIVE=0 switches it off.
@@ -96,13 +96,15 @@ def native_library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or str(error)
         reason = detail.strip().splitlines()[0] if detail.strip() else type(error).__name__
         warnings.warn(
-            f"decoding takes torch's own operators, which are slower on a CPU: {SOURCE.name} cannot be built "
+            f"decoding and losses on a CPU take torch's own operators, which are slower: {SOURCE.name} cannot be built "
             f"({reason}); install g++ or name a C++ compiler in $CXX, or {NATIVE_VARIABLE}=0 for no attempt",
             stacklevel=2,
         )
         return None
     library.token_memory.restype = INT
     library.token_memory.argtypes = library.token_step.argtypes = [ctypes.POINTER(NativeCall)]
+    library.entropy_rows.argtypes = [POINTER, POINTER, INT, INT, FLOAT, INT, POINTER, INT, INT]
+    library.divergence_rows.argtypes = [POINTER, POINTER, POINTER, INT, INT, FLOAT, FLOAT, INT, POINTER, INT, INT]
     library.few_rows.argtypes = [ctypes.POINTER(NativeMatrix), INT, POINTER, POINTER, POINTER, INT, INT]
     return library
 

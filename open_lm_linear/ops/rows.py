@@ -51,5 +51,5 @@ class RowsParameter(nn.Parameter):
 
 def _few(x: Tensor, weight: Tensor) -> bool:
     few = x.dim() > 1 and x.shape[-1] == weight.shape[1] and 0 < x.numel() <= ROWS * x.shape[-1]
-    plain = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
     return few and plain and x.device.type == "cpu" and x.dtype == weight.dtype and takes_matrix(weight)

@@ -1,0 +1,64 @@
+"""Losses of whole chunks of logits on a CPU by compiled code, in a fifth of the time of torch's operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from open_lm_linear.ops.native import NATIVE_DTYPES, native_library, native_threads
+
+
+def native_entropy(logits: Tensor, targets: Tensor, z_loss: float, gradient: bool) -> Tensor | None:
+    """(2,) float32: the summed cross entropy of logits (n, V), and the same with z-loss.
+
+    The logits become the gradient of the second, if it is wanted. None, and nothing done, where the compiled code
+    cannot have them.
+
+    Raises:
+        IndexError: a target (n,) that is neither a token nor -100.
+    """
+    if not _readable(logits, targets):
+        return None
+    sums = torch.empty(len(logits), 2, dtype=torch.float64)
+    library, targets = native_library(), targets.contiguous()
+    assert library is not None
+    wrong = library.entropy_rows(
+        *(logits.data_ptr(), targets.data_ptr(), *logits.shape, z_loss, gradient),
+        *(sums.data_ptr(), native_threads(logits.numel()), logits.dtype == torch.bfloat16),
+    )
+    return _total(sums, wrong)
+
+
+def native_divergence(
+    logits: Tensor, teacher: Tensor, targets: Tensor, ce: float, kl: float, gradient: bool
+) -> Tensor | None:
+    """(3,) float32: cross entropy, divergence from the teacher's logits (n, V), and ce and kl times these.
+
+    Otherwise as ``native_entropy``; the gradient is that of the last.
+    """
+    alike = teacher.dtype == logits.dtype and teacher.shape == logits.shape and teacher.is_contiguous()
+    if not alike or not _readable(logits, targets):
+        return None
+    sums = torch.empty(len(logits), 3, dtype=torch.float64)
+    library, targets = native_library(), targets.contiguous()
+    assert library is not None
+    wrong = library.divergence_rows(
+        *(logits.data_ptr(), teacher.data_ptr(), targets.data_ptr(), *logits.shape, ce, kl, gradient),
+        *(sums.data_ptr(), native_threads(logits.numel()), logits.dtype == torch.bfloat16),
+    )
+    return _total(sums, wrong)
+
+
+def _readable(logits: Tensor, targets: Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(logits) is not Tensor:  # a fake one has no memory
+        return False
+    if logits.device.type != "cpu" or targets.device.type != "cpu":
+        return False
+    plain = logits.dtype in NATIVE_DTYPES and logits.is_contiguous() and targets.dtype == torch.long
+    return plain and logits.dim() == 2 and logits.numel() > 0 and native_library() is not None
+
+
+def _total(sums: Tensor, wrong: int) -> Tensor:
+    if wrong:
+        raise IndexError("a target is neither a token of the vocabulary nor -100")
+    return sums.sum(0).float()
