@@ -191,22 +191,22 @@ class _ByChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, chunk, softcap, loss_of, dtype, need):  # type: ignore[override]
         dhidden = torch.empty_like(hidden, dtype=dtype) if need[0] else None
-        dweight: Any = None
         total: Any = 0.0
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
+            buffer = torch.empty(min(chunk, len(hidden)), len(w), dtype=dtype, device=hidden.device)
+            gradient = _Sum(w) if need[1] else None
             for begin in range(0, max(1, hidden.shape[0]), chunk):
                 span = slice(begin, begin + chunk)
                 h = hidden[span].to(dtype)
-                logits = h @ w.T
+                logits = torch.mm(h, w.T, out=buffer[: len(h)])
                 total = total + _reduce(logits, softcap, loss_of(span), gradient=any(need))
                 if dhidden is not None:
-                    dhidden[span] = logits @ w
-                if need[1]:
-                    more = logits.T @ h
-                    wide = torch.promote_types(dtype, torch.float32)
-                    dweight = more.to(wide) if dweight is None else dweight.add_(more)
-        ctx.save_for_backward(*(g if g is not None else torch.empty(0) for g in (dhidden, dweight)))
+                    torch.mm(logits, w, out=dhidden[span])
+                if gradient is not None:
+                    gradient.add(logits.T, h)
+        dweight = torch.empty(0) if gradient is None else gradient.value
+        ctx.save_for_backward(torch.empty(0) if dhidden is None else dhidden, dweight)
         ctx.dtypes, ctx.need = (hidden.dtype, weight.dtype), need
         return total
 
@@ -215,8 +215,36 @@ class _ByChunks(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[override]
         grads = []
         for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True):
-            grads.append((saved * grad[-1].to(saved.dtype)).to(dtype) if need else None)
+            grads.append(_scaled(saved, grad[-1].to(saved.dtype), dtype) if need else None)
         return *grads, *[None] * 5
+
+
+class _Sum:
+    """A sum of products of the shape and dtype of ``like``, in float32 at least; nothing is made anew for each."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.wide = torch.promote_types(like.dtype, torch.float32)
+        self.product = torch.empty_like(like)
+        self.value = torch.empty(0)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        begun = self.value.numel() > 0
+        if begun and self.wide == self.product.dtype:
+            self.value.addmm_(a, b)
+            return
+        torch.mm(a, b, out=self.product)
+        self.value = self.value.add_(self.product) if begun else self.product.to(self.wide)
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (n, D) times a number, in ``dtype``, without another x in its own on the way."""
+    if x.dtype == dtype:
+        return x * factor
+    out = torch.empty_like(x, dtype=dtype)
+    step = max(1, CACHED // x.shape[1]) if x.device.type == "cpu" else len(x)
+    for begin in range(0, len(x), step):
+        out[begin : begin + step] = x[begin : begin + step] * factor
+    return out
 
 
 def _reduce(logits: Tensor, softcap: float | None, loss: ChunkLoss, gradient: bool) -> Tensor:
