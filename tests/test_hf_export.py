@@ -253,6 +253,7 @@ def test_the_exported_file_is_whole() -> None:
     imported |= {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
     allowed = {"torch", "transformers", "safetensors", *sys.stdlib_module_names, "mamba_ssm"}  # tried, in a function
     assert {name.split(".")[0] for name in imported} <= allowed
+    assert "ctypes" not in imported  # compiled code stays with its C++ sources, in the package
     code = compile(source, "bundle", "exec")
     known = {*dir(builtins), "__name__"}
     known |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_NAME"}

@@ -75,6 +75,20 @@ attention = Registry(
 )
 '''
 
+# Stands in for the losses' compiled forms, whose C++ sources an export does not have.
+NATIVE_LOSSES = f"{PACKAGE}.ops.native_losses"
+NATIVE_LOSSES_SOURCE = '''\
+"""No loss is compiled here: training by this file takes torch's operators."""
+
+
+def native_entropy(*_: object) -> None:
+    return None
+
+
+def native_divergence(*_: object) -> None:
+    return None
+'''
+
 
 @dataclass(frozen=True, order=True)
 class _Import:
@@ -111,8 +125,8 @@ def bundle(attentions: Iterable[str]) -> str:
         UserError: an attention that lives outside the package.
     """
     modules: dict[str, _Module] = {}
-    registry = _registry_source(attentions)
-    _gather(MODELING, registry, modules)
+    stand_ins = {REGISTRY: _registry_source(attentions), NATIVE_LOSSES: NATIVE_LOSSES_SOURCE}
+    _gather(MODELING, stand_ins, modules)
     needed = _reach(modules)
     _refuse_collisions(modules, needed)
     written: set[str] = set()
@@ -134,13 +148,13 @@ def _registry_source(attentions: Iterable[str]) -> str:
     )
 
 
-def _gather(name: str, registry: str, modules: dict[str, _Module]) -> None:
+def _gather(name: str, stand_ins: dict[str, str], modules: dict[str, _Module]) -> None:
     """Reads a module after those that it imports, so that ``modules`` ends in a valid order of definition."""
     if name in modules:
         return
-    module = _take_apart(name, registry if name == REGISTRY else _read(name))
+    module = _take_apart(name, stand_ins[name] if name in stand_ins else _read(name))
     for imported, _ in module.internal.values():
-        _gather(imported, registry, modules)
+        _gather(imported, stand_ins, modules)
     modules[name] = module
 
 

@@ -215,7 +215,7 @@ class _ByChunks(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[override]
         grads = []
         for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True):
-            grads.append(_scaled(saved, grad[-1].to(saved.dtype), dtype) if need else None)
+            grads.append(_multiplied(saved, grad[-1].to(saved.dtype), dtype) if need else None)
         return *grads, *[None] * 5
 
 
@@ -236,7 +236,7 @@ class _Sum:
         self.value = self.value.add_(self.product) if begun else self.product.to(self.wide)
 
 
-def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiplied(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x (n, D) times a number, in ``dtype``, without another x in its own on the way."""
     if x.dtype == dtype:
         return x * factor
