@@ -19,6 +19,7 @@ from open_lm_linear.attention.base import Attention, State, truncated_normal
 from open_lm_linear.cli import UserError, nearest
 from open_lm_linear.norms import Norm, build_norm
 from open_lm_linear.ops.losses import Teaching, TopTeaching, chunked_cross_entropy, chunked_distillation
+from open_lm_linear.ops.native_pointwise import native_swiglu
 from open_lm_linear.ops.recompute import recomputed
 
 Tensor = torch.Tensor
@@ -47,18 +48,23 @@ class SwiGLU(FeedForward):
         self.w3 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w12(x).chunk(2, -1)
-        return self.w3(self.activate(gate) * up)
+        return self.w3(self.gated(self.w12(x)))
 
-    def activate(self, gate: Tensor) -> Tensor:
-        return F.silu(gate)
+    def gated(self, both: Tensor) -> Tensor:
+        """silu(gate) * up (..., hidden) of gate | up (..., 2 hidden)."""
+        done = native_swiglu(both)
+        if done is not None:
+            return done
+        gate, up = both.chunk(2, -1)
+        return F.silu(gate) * up
 
 
 class TanhGeGLU(SwiGLU):
     """The same with the tanh form of gelu (``geglu_tanh``), as Gemma's."""
 
-    def activate(self, gate: Tensor) -> Tensor:
-        return F.gelu(gate, approximate="tanh")
+    def gated(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        return F.gelu(gate, approximate="tanh") * up
 
 
 class GemmaGeGLU(FeedForward):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from open_lm_linear.cli import UserError
+from open_lm_linear.heap import kept_memory
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,7 @@ class Context:
 
 @contextlib.contextmanager
 def setup(cfg: ParallelConfig) -> Iterator[Context]:
-    """The process group (under torchrun) and the device, for as long as the block runs."""
+    """The process group (under torchrun), the device and its memory, for as long as the block runs."""
     import torch
     import torch.distributed as dist
 
@@ -137,7 +138,8 @@ def setup(cfg: ParallelConfig) -> Iterator[Context]:
         _init_process_group(cfg, device, world)
     ctx = Context(rank, world, device, cfg.precision)
     try:
-        yield ctx
+        with kept_memory() if device.type == "cpu" else contextlib.nullcontext():
+            yield ctx
         ctx.barrier()  # the ranks part together
     finally:
         if grouped:

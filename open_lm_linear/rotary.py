@@ -22,6 +22,7 @@ import torch
 from open_lm_linear.architecture import ModelConfig
 from open_lm_linear.cli import UserError
 from open_lm_linear.ops.constants import constant, numbers
+from open_lm_linear.ops.native_pointwise import native_turn
 
 Tensor = torch.Tensor
 
@@ -82,6 +83,9 @@ class Rotary:
         return (angles.cos() * self.magnitude).to(wide), (angles.sin() * self.magnitude).to(wide)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        done = native_turn(x, cos, sin, interleaved=self.layout == "llama_rotary")
+        if done is not None:
+            return done
         wide = cos.dtype
         rest = x[..., self.turned :]
         x = x[..., : self.turned] if rest.shape[-1] else x

@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From low to high. A module imports from lower layers, from its own folder, and from its own line here.
 LAYERS = [
-    ["cli", "cache", "retired", "stages"],
+    ["cli", "cache", "heap", "retired", "stages"],
     ["architecture"],
     ["norms", "rotary", "feature_maps", "ops"],
     ["attention"],

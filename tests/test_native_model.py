@@ -103,10 +103,11 @@ def test_a_token_is_what_the_model_gives(variant: dict[str, Any], dtype: torch.d
     least = 2e-6 if dtype == torch.float32 else 1e-2
     for by_block in (False, True):
         found, past = steps(model, ids, by_block=by_block)
-        assert error(found, exact) < max(least, 2 * error(plain, exact))  # what the model's own rounding makes
+        # What the model's own rounding makes, of which a norm over small outputs makes much, now here and now there.
+        assert error(found, exact) < max(least, 4 * error(plain, exact))
         for name, x in past.tensors().items():
             truth = after.tensors()[name]
-            assert error(x, truth) < max(least, 2 * error(plain_after.tensors()[name], truth)), name
+            assert error(x, truth) < max(least, 4 * error(plain_after.tensors()[name], truth)), name
 
 
 @pytest.mark.parametrize("variant", [{}, {"output_gate": True, "qk_norm": True, "qk_norm_at": "features"}], ids=str)

@@ -75,18 +75,14 @@ attention = Registry(
 )
 '''
 
-# Stands in for the losses' compiled forms, whose C++ sources an export does not have.
-NATIVE_LOSSES = f"{PACKAGE}.ops.native_losses"
-NATIVE_LOSSES_SOURCE = '''\
-"""No loss is compiled here: training by this file takes torch's operators."""
-
-
-def native_entropy(*_: object) -> None:
-    return None
-
-
-def native_divergence(*_: object) -> None:
-    return None
+# Stand in for the compiled forms, whose C++ sources an export does not have.
+COMPILED = {
+    f"{PACKAGE}.ops.native_losses": ("native_entropy", "native_divergence"),
+    f"{PACKAGE}.ops.native_pointwise": ("native_swiglu", "native_turn"),
+}
+COMPILED_SOURCE = '''
+def {name}(*_: object, **__: object) -> None:
+    """Compiled code is not carried: torch's operators do it."""
 '''
 
 
@@ -125,7 +121,8 @@ def bundle(attentions: Iterable[str]) -> str:
         UserError: an attention that lives outside the package.
     """
     modules: dict[str, _Module] = {}
-    stand_ins = {REGISTRY: _registry_source(attentions), NATIVE_LOSSES: NATIVE_LOSSES_SOURCE}
+    stand_ins = {name: "".join(COMPILED_SOURCE.format(name=f) for f in forms) for name, forms in COMPILED.items()}
+    stand_ins[REGISTRY] = _registry_source(attentions)
     _gather(MODELING, stand_ins, modules)
     needed = _reach(modules)
     _refuse_collisions(modules, needed)

@@ -1,10 +1,11 @@
-// One token of a few sequences on a CPU, through blocks of linear attention or a whole model of them; and products of a
-// matrix and a few rows. `native.py` builds this file, fills in the structs, and gives the pointers.
+// One token of a few sequences on a CPU, through blocks of linear attention or a whole model of them; products of a
+// matrix and a few rows; losses; and what training has between its products. `native.py` builds this file, fills in the structs, and gives the pointers.
 
 #include <omp.h>
 
 #include "native_block.h"
 #include "native_losses.h"
+#include "native_pointwise.h"
 
 namespace {
 
@@ -113,5 +114,14 @@ int divergence_rows(void* x, const void* teacher, const int64_t* targets, int64_
         return divergences(logits, theirs, targets, rows, n, ce, kl, gradient, sums, threads);
     };
     return bfloat16 ? of(static_cast<Bfloat16*>(x)) : of(static_cast<float*>(x));
+}
+
+// y (rows, n) = silu(gate) * up of x = gate | up (rows, 2 n); of a gradient dy, y (rows, 2 n) is that by x.
+void swiglu(const void* x, const void* dy, void* y, int64_t rows, int64_t n, int64_t threads, int64_t bfloat16) {
+    (bfloat16 ? swiglus<Bfloat16> : swiglus<float>)(x, dy, y, rows, n, threads);
+}
+
+void turn(const Turn* t, const void* x, void* y, int64_t threads, int64_t bfloat16) {
+    (bfloat16 ? turns<Bfloat16> : turns<float>)(*t, x, y, threads);
 }
 }

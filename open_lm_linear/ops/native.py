@@ -85,6 +85,17 @@ class NativeCall(ctypes.Structure):
     )
 
 
+class NativeTurn(ctypes.Structure):
+    """``Turn`` of native_pointwise.h."""
+
+    _fields_ = (
+        _fields(INT, "batch tokens heads dim batch_stride token_stride head_stride")
+        + _fields(POINTER, "cos sin")
+        + _fields(INT, "pairs table_batch_stride interleaved")
+        + _fields(FLOAT, "sign")
+    )
+
+
 @functools.lru_cache(maxsize=1)
 def native_library() -> ctypes.CDLL | None:
     """The compiled code; None where it cannot be had, which is said once with the reason."""
@@ -105,6 +116,8 @@ def native_library() -> ctypes.CDLL | None:
     library.token_memory.argtypes = library.token_step.argtypes = [ctypes.POINTER(NativeCall)]
     library.entropy_rows.argtypes = [POINTER, POINTER, INT, INT, FLOAT, INT, POINTER, INT, INT]
     library.divergence_rows.argtypes = [POINTER, POINTER, POINTER, INT, INT, FLOAT, FLOAT, INT, POINTER, INT, INT]
+    library.swiglu.argtypes = [POINTER, POINTER, POINTER, INT, INT, INT, INT]
+    library.turn.argtypes = [ctypes.POINTER(NativeTurn), POINTER, POINTER, INT, INT]
     library.few_rows.argtypes = [ctypes.POINTER(NativeMatrix), INT, POINTER, POINTER, POINTER, INT, INT]
     return library
 
@@ -157,6 +170,16 @@ def native_matrix(weight: Tensor | None, bias: Tensor | None = None, rows: slice
 def native_threads(elements: int) -> int:
     """Threads for a product that reads so many weights: a second one costs more than a small matrix does."""
     return torch.get_num_threads() if elements >= 1 << 16 else 1
+
+
+def takes_native(*tensors: Tensor) -> bool:
+    """Whether the compiled code can read these where they lie, and nobody wants to see what is done to them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)  # no fake ones
+    return plain and all(x.dtype in NATIVE_DTYPES for x in tensors) and native_library() is not None
 
 
 def takes_matrix(weight: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from open_lm_linear.ops.native import NATIVE_DTYPES, native_library, native_threads
+from open_lm_linear.ops.native import native_library, native_threads, takes_native
 
 
 def native_entropy(logits: Tensor, targets: Tensor, z_loss: float, gradient: bool) -> Tensor | None:
@@ -37,7 +37,7 @@ def native_divergence(
     Otherwise as ``native_entropy``; the gradient is that of the last.
     """
     alike = teacher.dtype == logits.dtype and teacher.shape == logits.shape and teacher.is_contiguous()
-    if not alike or not _readable(logits, targets):
+    if not alike or not takes_native(teacher) or not _readable(logits, targets):
         return None
     sums = torch.empty(len(logits), 3, dtype=torch.float64)
     library, targets = native_library(), targets.contiguous()
@@ -50,12 +50,8 @@ def native_divergence(
 
 
 def _readable(logits: Tensor, targets: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(logits) is not Tensor:  # a fake one has no memory
-        return False
-    if logits.device.type != "cpu" or targets.device.type != "cpu":
-        return False
-    plain = logits.dtype in NATIVE_DTYPES and logits.is_contiguous() and targets.dtype == torch.long
-    return plain and logits.dim() == 2 and logits.numel() > 0 and native_library() is not None
+    plain = logits.dim() == 2 and logits.is_contiguous() and logits.numel() > 0
+    return plain and targets.device.type == "cpu" and targets.dtype == torch.long and takes_native(logits)
 
 
 def _total(sums: Tensor, wrong: int) -> Tensor:
