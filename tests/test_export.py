@@ -90,7 +90,9 @@ def test_the_command_proves_what_it_writes(
     record = json.loads((folder / "export.json").read_text())
     card = (folder / "README.md").read_text()
     assert "reloaded in a fresh process, the logits differ from the source's by" in said
-    assert record["differences"]["reloaded"] < 1e-6 and record["differences"]["tokens"] == 64
+    # The folder's file takes torch's operators for what the package has compiled: in bfloat16 a rounding apart at most.
+    assert record["differences"]["reloaded"] < (1e-3 if dtype == "bf16" else 1e-6)
+    assert record["differences"]["tokens"] == 64
     assert f"{record['differences']['total']:.1e} relative on 64 tokens" in card
     assert (record["differences"]["cast"] is not None) == (dtype in ("bf16", "fp16"))
     assert ("base_model: some/teacher" in card, "60,000 tokens" in card, "| lr | 3e-05 |" in card) == (True,) * 3

@@ -96,7 +96,7 @@ def test_the_update_does_not_depend_on_ranks(
 ) -> None:
     more = ["--accum-freq", str(pieces), *(["--fsdp"] if fsdp else [])]
     assert ranks.run(world, words(tmp_path, data, "many", *more)) == [0] * world
-    assert worst(weights(tmp_path / "logs" / "many"), weights(one)) < 1e-6
+    assert worst(weights(tmp_path / "logs" / "many"), weights(one)) < 2e-6
     undisturbed(tmp_path / "logs" / "many", 6)
 
 

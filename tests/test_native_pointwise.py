@@ -15,7 +15,7 @@ from open_lm_linear.ops.native_pointwise import native_swiglu, native_turn
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
 
-DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)]
+DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)]
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -51,6 +51,16 @@ def test_swiglu_and_its_gradient(shape: tuple[int, ...], dtype: torch.dtype, bou
     (ours,), (theirs,) = torch.autograd.grad(out, x, grad), torch.autograd.grad(wanted, exact, grad.double())
     assert ours.dtype == dtype
     assert relative(ours, theirs) < bound
+
+
+def test_bfloat16_is_rounded_as_torch_rounds() -> None:
+    """All but the few numbers that the last bit of an exponential carries over."""
+    x = (4 * torch.randn(200, 256)).bfloat16().requires_grad_()
+    out, wanted, grad = native_swiglu(x), swiglu(x), torch.randn(200, 128).bfloat16()
+    assert out is not None
+    assert (out != wanted).float().mean() < 1e-3
+    (ours,), (theirs,) = torch.autograd.grad(out, x, grad), torch.autograd.grad(wanted, x, grad)
+    assert (ours != theirs).float().mean() < 1e-2
 
 
 def test_swiglu_of_large_and_of_broken_numbers() -> None:

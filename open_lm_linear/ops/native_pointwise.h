@@ -23,23 +23,33 @@ void put(Lanes x, X* p, long left) {
     std::copy_n(part, left, p);
 }
 
+inline Lanes rounded(Lanes x, const float*) { return x; }
+
+inline Lanes rounded(Lanes x, const Bfloat16*) {
+    Bfloat16 bits[LANES];
+    store(x, bits);
+    return load(bits);
+}
+
 inline Lanes sigmoid(Lanes x) {
     const Lanes below = exponential(x < 0 ? x : -x);
     return (x < 0 ? below : Lanes{} + 1) / (below + 1);
 }
 
-// y (n) = silu(gate) * up of x = gate | up (2 n); or, where there is the gradient dy, the one by x.
+// y (n) = silu(gate) * up of x = gate | up (2 n); or, where there is the gradient dy, the one by x. Every product is
+// rounded as torch's operators round it.
 template <class X>
 void swiglu_of(const X* x, const X* dy, X* y, long n) {
     for (long i = 0; i < n; i += LANES) {
         const Lanes gate = get(x + i, n - i), up = get(x + n + i, n - i), open = sigmoid(gate);
+        const Lanes silu = rounded(gate * open, x);
         if (!dy) {
-            put(gate * open * up, y + i, n - i);
+            put(silu * up, y + i, n - i);
             continue;
         }
         const Lanes by = get(dy + i, n - i);
-        put(by * up * open * (1 + gate * (1 - open)), y + i, n - i);
-        put(by * gate * open, y + n + i, n - i);
+        put(rounded(by * up, x) * open * (1 + gate * (1 - open)), y + i, n - i);
+        put(by * silu, y + n + i, n - i);
     }
 }
 

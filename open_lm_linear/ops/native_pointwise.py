@@ -16,7 +16,7 @@ from open_lm_linear.ops.native import NativeTurn, native_library, native_threads
 
 
 def native_swiglu(x: Tensor) -> Tensor | None:
-    """silu(gate) * up (..., H) of x = gate | up (..., 2 H), in x's dtype, rounded once; differentiable once.
+    """silu(gate) * up (..., H) of x = gate | up (..., 2 H), in x's dtype, rounded as torch rounds; differentiable once.
 
     None where the compiled code cannot have it.
     """
