@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_at_another_world_size(tmp_path: Path, data: Path, 
         kill(pids)
         ranks.wait()
     assert ranks.run(1, argv) == [0]
-    assert worst(weights(folder), weights(two)) < 1e-6
+    assert worst(weights(folder), weights(two)) < 2e-6
     undisturbed(folder, 6)
 
 
