@@ -23,8 +23,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,9 +158,12 @@ def token_loop(q: Any, k: Any, v: Any, log_decay: Any = None, state: Any = None,
     return torch.stack(outs, 1), S
 
 
-def by(operator: Callable[..., Any]) -> Any:
-    """Linear attention computed by another operator for as long as the block runs."""
-    return mock.patch("open_lm_linear.ops.backends.linear_attention", operator)
+@contextmanager
+def by(operator: Callable[..., Any]) -> Iterator[None]:
+    """Linear attention by another operator, and all between the products by torch's, for as long as the block runs."""
+    operators, compiled = "open_lm_linear.ops.backends.linear_attention", "open_lm_linear.ops.native_pointwise"
+    with mock.patch(operators, operator), mock.patch(f"{compiled}.takes_native", lambda *_: False):
+        yield
 
 
 def small_model(bench: Bench, dtype: str) -> Transformer:
@@ -266,9 +269,7 @@ def growth(bench: Bench) -> list[Row]:
     show(found)
     by_time = exponent(bench.growth, [row.milliseconds for row in found])
     by_memory = exponent(bench.growth, [kept[length] for length in bench.growth])
-    print(
-        f"time grows as tokens^{by_time:.2f}, what backward keeps as tokens^{by_memory:.2f} (1: linear)\n", flush=True
-    )
+    print(f"time grows as tokens^{by_time:.2f}, what backward keeps as tokens^{by_memory:.2f} (1: linear)\n")
     return found
 
 
