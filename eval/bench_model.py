@@ -7,8 +7,9 @@
 On a CPU the other side is the same model with the published implementation's ways: a prompt is read by a loop over its
 tokens in every layer and all its logits are made; training takes the masked T x T form, which stands in for a kernel
 that only GPUs have, and cross entropy over whole float32 logits. Our side trains as the trainer does, which keeps the
-memory that it frees (`open_lm_linear/heap.py`); of both, the second of two steps is timed. On a GPU the other side is
-transformers' softmax Mistral with its key-value cache. The sides take turns, so that a drift of the machine hits both.
+memory that it frees (`open_lm_linear/heap.py`); a step of either is the second of a process of its own. On a GPU the
+other side is transformers' softmax Mistral with its key-value cache. The sides take turns, so that a drift of the
+machine hits both.
 
 The floor of decoding is the time in which this machine reads as many bytes as the weights have that every token needs,
 measured in the same rounds by a plain sum. It prints what was measured and asserts nothing.
@@ -17,130 +18,27 @@ measured in the same rounds by a plain sum. It prints what was measured and asse
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
+import multiprocessing
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from bench_linear_attention import processor
+from bench_rows import Bench, Calls, Row, rows, show, timed
 
 from open_lm_linear import cli
 
 if TYPE_CHECKING:
     import torch
 
-    from open_lm_linear.architecture import ModelConfig
     from open_lm_linear.model import Transformer
-
-Calls = dict[str, Callable[[], Any]]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is timed."""
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to run; the flags below it say for which of them they are."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """cpu: of the weights; a GPU takes bfloat16."""
-    hidden_dim: int = 512
-    """cpu: of the model, whose heads have 64 dimensions."""
-    n_layers: int = 8
-    """cpu: of the model."""
-    vocab_size: int = 50_432
-    """cpu: of the model."""
-    tokens: int = 1024
-    """cpu: of the prompt and of a training sequence."""
-    batch: int = 2
-    """cpu: training sequences."""
-    growth: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
-    """cpu: lengths over which the operator's time and memory are fitted."""
-    decoded: int = 24
-    """Tokens timed one by one."""
-    runs: int = 5
-    """Timed rounds of prefill and training; the median stands in the table."""
-    threads: int = 0
-    """CPU threads (0: torch's choice)."""
-    models: tuple[Literal["smollm2", "1b", "mistral_7b"], ...] = ("smollm2", "1b", "mistral_7b")
-    """cuda: shapes to train, with random weights."""
-    lengths: tuple[int, ...] = (2048, 8192, 32768)
-    """cuda: training sequences."""
-    contexts: tuple[int, ...] = (512, 2048, 8192, 32768, 131072)
-    """cuda: tokens before the decoded ones, of Mistral-7B's shapes."""
-    batches: tuple[int, ...] = (1, 16, 64, 256)
-    """cuda: sequences decoded at once."""
-    json: str = ""
-    """Also write the rows to this file."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    what: str
-    side: str
-    per_second: float
-    """Tokens a second, of the median time."""
-    milliseconds: float
-    """Median."""
-    least: float
-    most: float
-    ratio: float | None = None
-    """The other side's median over ours; None in other rows than ours."""
-    note: str = ""
-
-
-def timed(
-    calls: Calls,
-    runs: int,
-    warmup: int,
-    wait: Callable[[], None] = lambda: None,
-    around: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
-) -> dict[str, list[float]]:
-    """Milliseconds of each side's calls, in turn; with ``around``, of the second of two within what it has of each."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(warmup + runs):
-        for name, call in calls.items():
-            with (around or {}).get(name, nullcontext)():
-                if around is not None:
-                    call()
-                wait()
-                begin = time.perf_counter()
-                call()
-                wait()
-                if turn >= warmup:
-                    times[name].append(1000 * (time.perf_counter() - begin))
-    return times
-
-
-def rows(what: str, times: dict[str, list[float]], tokens: int, note: str = "") -> list[Row]:
-    """A row a side, the first of them ours, the second what it is compared with."""
-    middle = {name: statistics.median(each) for name, each in times.items()}
-    found = [
-        Row(what, name, 1000 * tokens / middle[name], middle[name], min(each), max(each))
-        for name, each in times.items()
-    ]
-    ratio = found[1].milliseconds / found[0].milliseconds if len(found) > 1 else None
-    found[0] = dataclasses.replace(found[0], ratio=ratio, note=note)
-    return found
-
-
-def show(found: Sequence[Row]) -> None:
-    for row in found:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f} x"
-        spread = f"{row.milliseconds:10.1f}{row.least:10.1f}{row.most:10.1f}"
-        print(f"{row.what:44}{row.side:14}{row.per_second:10.0f}{spread}{ratio:>9}  {row.note}", flush=True)
-
-
-# ---- CPU: the published implementation's ways ------------------------------------------------------------------------
 
 
 def token_loop(q: Any, k: Any, v: Any, log_decay: Any = None, state: Any = None, first: Any = None) -> Any:
@@ -184,6 +82,13 @@ def small_model(bench: Bench, dtype: str) -> Transformer:
     )
     torch.manual_seed(0)
     return create_model(config, dtype=getattr(torch, dtype))
+
+
+def prompt(bench: Bench) -> torch.Tensor:
+    """(1, tokens + 1) ids."""
+    import torch
+
+    return torch.randint(bench.vocab_size, (1, bench.tokens + 1), generator=torch.Generator().manual_seed(0))
 
 
 def prefill_calls(ours: Transformer, theirs: Transformer, ids: torch.Tensor) -> Calls:
@@ -238,6 +143,29 @@ def training_calls(model: Transformer, ids: torch.Tensor) -> Calls:
     return {"ours": ours, "quadratic": quadratic}
 
 
+def trained(bench: Bench, dtype: str, side: str) -> float:
+    """Milliseconds of the second training step of a new process."""
+    import torch
+
+    from open_lm_linear.heap import kept_memory
+
+    torch.set_num_threads(bench.threads or torch.get_num_threads())
+    model, ids = small_model(bench, dtype), prompt(bench)
+    call = training_calls(model, ids.expand(bench.batch, -1))[side]
+    with kept_memory() if side == "ours" else nullcontext():
+        return timed({side: call}, 1, 1)[side][0]
+
+
+def training_times(bench: Bench, dtype: str) -> dict[str, list[float]]:
+    """Milliseconds of steps of each side, in turn, each in a process of its own: they share an allocator otherwise."""
+    times: dict[str, list[float]] = {"ours": [], "quadratic": []}
+    for _ in range(bench.runs):
+        for side, found in times.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found.append(process.submit(trained, bench, dtype, side).result())
+    return times
+
+
 def growth(bench: Bench) -> list[Row]:
     """The operator, forward and backward in float32 (4 heads of 64), at growing length; prints how it grows."""
     import torch
@@ -282,28 +210,24 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 def on_cpu(bench: Bench) -> list[Row]:
     """Prefill, decoding and training of the small model in each dtype."""
-    import torch
 
     from open_lm_linear.generate import lay_out
-    from open_lm_linear.heap import kept_memory
 
     found = growth(bench)
     for dtype in bench.dtypes:
         model, ours = small_model(bench, dtype), lay_out(small_model(bench, dtype).eval())
-        ids = torch.randint(bench.vocab_size, (1, bench.tokens + 1), generator=torch.Generator().manual_seed(0))
-        batch = ids.expand(bench.batch, -1)
-        calls, weights = decode_calls(ours, model, ids[:, :65])
-        as_trained = {"ours": kept_memory}  # what a run on a CPU does, for all of its steps
+        ids = prompt(bench)
+        decoding, weights = decode_calls(ours, model, ids[:, :65])
         jobs = {
-            f"prefill of {bench.tokens}": (prefill_calls(ours, model, ids[:, 1:]), bench.runs, 1, bench.tokens, None),
-            "decode": (calls, bench.decoded, 3, 1, None),
+            f"prefill of {bench.tokens}": (timed(prefill_calls(ours, model, ids[:, 1:]), bench.runs, 1), bench.tokens),
+            "decode": (timed(decoding, bench.decoded, 3), 1),
             f"forward + backward, {bench.tokens} x {bench.batch}": (
-                *(training_calls(model, batch), bench.runs, 0),
-                *(batch[:, 1:].numel(), as_trained),
+                training_times(bench, dtype),
+                bench.tokens * bench.batch,
             ),
         }
-        for what, (calls, runs, warmup, tokens, around) in jobs.items():
-            new = rows(f"{what}, {dtype}", timed(calls, runs, warmup, around=around), tokens)
+        for what, (times, tokens) in jobs.items():
+            new = rows(f"{what}, {dtype}", times, tokens)
             notes = []
             if what == "decode":
                 share = new[-1].milliseconds / new[0].milliseconds
@@ -314,156 +238,6 @@ def on_cpu(bench: Bench) -> list[Row]:
             new[0] = dataclasses.replace(new[0], note="; ".join(notes))
             show(new)
             found += new
-    return found
-
-
-# ---- GPU: the sizes that people run ----------------------------------------------------------------------------------
-
-
-def shapes(name: str, attn_name: str) -> ModelConfig:
-    """An architecture of the paper, or SmolLM2-135M's."""
-    from open_lm_linear.architecture import ModelConfig
-    from open_lm_linear.model import read_config
-
-    if name != "smollm2":
-        return read_config({"1b": "open_lm_1b", "mistral_7b": "mistral_7b"}[name], attn_name)
-    return ModelConfig(
-        576,
-        30,
-        9,
-        49_152,
-        n_heads_kv=3,
-        intermediate_dim_ffn=1536,
-        model_norm="rms_norm",
-        weight_tying=True,
-        attn_name=attn_name,
-    )
-
-
-def random_model(config: ModelConfig) -> Transformer:
-    import torch
-
-    from open_lm_linear.model import create_model
-
-    return create_model(config, dtype=torch.bfloat16, device="cuda")
-
-
-def train_on_gpu(bench: Bench, name: str, length: int) -> list[Row]:
-    """Whole steps in pure bf16 with recomputation and fused AdamW, at the largest batch of a power of two that fits."""
-    import torch
-
-    model = random_model(dataclasses.replace(shapes(name, "linear"), seq_len=length)).train()
-    model.grad_checkpointing = 1
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step(batch: int) -> None:
-        ids = torch.randint(model.config.vocab_size, (batch, length + 1), device="cuda")
-        (model.loss(ids[:, :-1], ids[:, 1:])[-1] / (batch * length)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    batch, what = max(1, 131_072 // length), f"train {name}, {length} tokens"
-    while True:
-        try:
-            torch.cuda.reset_peak_memory_stats()
-            times = timed({"ours": functools.partial(step, batch)}, bench.runs, 1, torch.cuda.synchronize)
-            break
-        except torch.cuda.OutOfMemoryError:
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            if batch == 1:
-                print(f"{what}: one sequence does not fit", flush=True)
-                return []
-            batch //= 2
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return rows(f"{what} x {batch}", times, batch * length, f"{peak:.1f} GiB")
-
-
-def softmax_calls(config: ModelConfig, context: int, batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """transformers' Mistral of the same shapes: its prefill of one prompt, and a token of ``batch`` copies of it."""
-    import torch
-    import transformers
-
-    theirs = transformers.MistralConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_dim,
-        intermediate_size=config.ffn_dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.kv_heads,
-        sliding_window=None,
-        max_position_embeddings=max(context + 4096, 32_768),
-    )
-    with torch.device("cuda"):
-        model = transformers.MistralForCausalLM(theirs).to(torch.bfloat16).eval()
-    ids = torch.randint(config.vocab_size, (1, context), device="cuda")
-
-    def prefill() -> Any:
-        with torch.no_grad():
-            return model(ids, use_cache=True, logits_to_keep=1).past_key_values
-
-    cache, token = prefill(), ids[:, -1:].expand(batch, 1)
-    cache.batch_repeat_interleave(batch)
-
-    def decode() -> None:
-        with torch.no_grad():
-            model(token, past_key_values=cache, use_cache=True)
-
-    return prefill, decode
-
-
-def our_calls(config: ModelConfig, context: int, batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The same of the linear model."""
-    import torch
-
-    from open_lm_linear import generate
-
-    model = random_model(config).eval()
-    ids = torch.randint(config.vocab_size, (1, context), device="cuda")
-    past = generate.prefill(model, ids)[1].select(torch.zeros(batch, dtype=torch.long, device="cuda"))
-    token = ids[:, -1:].expand(batch, 1)
-    return lambda: generate.prefill(model, ids), lambda: generate.prefill(model, token, past=past)
-
-
-def infer_on_gpu(bench: Bench, context: int, batch: int) -> list[Row]:
-    """Prefill of one prompt (with the first batch alone) and a decoded token of ``batch`` sequences, side by side."""
-    import torch
-
-    config, calls = shapes("mistral_7b", "linear"), {}
-    for name, make in (("ours", our_calls), ("transformers", softmax_calls)):
-        try:
-            calls[name] = make(config, context, batch)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{name} does not fit at context {context}, batch {batch}", flush=True)
-    found: list[Row] = []
-    for i, (what, tokens, runs) in enumerate((("prefill", context, bench.runs), ("decode", batch, bench.decoded))):
-        if what == "prefill" and batch != bench.batches[0]:
-            continue
-        size = f", batch {batch}" if what == "decode" else ""
-        try:
-            times = timed({name: pair[i] for name, pair in calls.items()}, runs, 2, torch.cuda.synchronize)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{what} does not fit at context {context}{size}", flush=True)
-            continue
-        found += rows(f"{what}, context {context}{size}", times, tokens)
-    return found
-
-
-def on_gpu(bench: Bench) -> list[Row]:
-    """Training at every length of every model, then prefill and decoding at every context and batch."""
-    import gc
-
-    import torch
-
-    jobs = [lambda n=n, length=length: train_on_gpu(bench, n, length) for n in bench.models for length in bench.lengths]
-    jobs += [lambda c=c, b=b: infer_on_gpu(bench, c, b) for c in bench.contexts for b in bench.batches]
-    found: list[Row] = []
-    for job in jobs:
-        new = job()
-        show(new)
-        found += new
-        gc.collect()
-        torch.cuda.empty_cache()
     return found
 
 
@@ -488,7 +262,12 @@ def main() -> None:
     print(f"{machine}\nload average before the start {busy:.2f}{note}\n")
     heads = f"{'tokens/s':>10}{'median ms':>10}{'min':>10}{'max':>10}{'ratio':>9}"
     print(f"{'':58}{heads}")
-    found = on_cpu(bench) if bench.device == "cpu" else on_gpu(bench)
+    if bench.device == "cpu":
+        found = on_cpu(bench)
+    else:
+        from bench_model_gpu import on_gpu
+
+        found = on_gpu(bench)
     if bench.json:
         figures = {"machine": machine, "load": busy, "rows": [dataclasses.asdict(row) for row in found]}
         Path(bench.json).parent.mkdir(parents=True, exist_ok=True)
