@@ -210,7 +210,6 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 def on_cpu(bench: Bench) -> list[Row]:
     """Prefill, decoding and training of the small model in each dtype."""
-
     from open_lm_linear.generate import lay_out
 
     found = growth(bench)

@@ -1,7 +1,7 @@
-"""Builds and calls `native.cpp`: what a CPU decodes by, and its losses. No release carries it compiled.
+"""Builds and calls `native.cpp`: what a CPU decodes by, and in training its losses and what lies between its products.
 
-It is built at first use by the machine's own C++ compiler for its own processor, in two seconds, and kept in the cache
-folder. $CXX names the compiler; OPEN_LM_LINEAR_NATIVE=0 switches it off.
+No release carries it compiled: it is built at first use by the machine's own C++ compiler for its own processor, in
+two seconds, and kept in the cache folder. $CXX names the compiler; OPEN_LM_LINEAR_NATIVE=0 switches it off.
 """
 
 from __future__ import annotations

@@ -50,15 +50,6 @@ struct Call {
     float* memory;
 };
 
-void turn(float* x, const float* cos, const float* sin, long pairs, bool interleaved) {
-    for (long i = 0; i < pairs; i++) {
-        float &low = x[interleaved ? 2 * i : i], &high = x[interleaved ? 2 * i + 1 : i + pairs];
-        float a = low, b = high;
-        low = a * cos[i] - b * sin[i];
-        high = b * cos[i] + a * sin[i];
-    }
-}
-
 void softmax(const float* x, float sign, float* y, long n) {
     float most = sign * x[0], sum = 0;
     for (long i = 1; i < n; i++) most = std::max(most, sign * x[i]);
@@ -202,7 +193,8 @@ private:
 
     void turned(float* x, long row) const {
         const float* cos = cos_sin + 2 * row * b.rotary_pairs;
-        turn(x, cos, cos + b.rotary_pairs, b.rotary_pairs, b.interleaved);
+        (b.interleaved ? turned_pairs<float, true> : turned_pairs<float, false>)(x, x, cos, cos + b.rotary_pairs, 1,
+                                                                                 b.rotary_pairs);
     }
 
     void heads_normed(const Norm& norm, float* x, long heads) const {

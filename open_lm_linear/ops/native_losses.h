@@ -3,51 +3,12 @@
 
 #pragma once
 
-#include "native_rows.h"
+#include <algorithm>
+#include <cmath>
+
+#include "native_lanes.h"
 
 namespace {
-
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-inline Lanes load(const Bfloat16* p) {
-    Halves bits;
-    std::memcpy(&bits, p, sizeof bits);
-    const Words words = __builtin_convertvector(bits, Words) << 16;
-    Lanes x;
-    std::memcpy(&x, &words, sizeof x);
-    return x;
-}
-
-inline void store(Lanes x, float* p) { std::memcpy(p, &x, sizeof x); }
-
-inline void store(Lanes x, Bfloat16* p) {  // as `narrow`, but for numbers that are none
-    Words words;
-    std::memcpy(&words, &x, sizeof words);
-    words = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
-    const Halves bits = __builtin_convertvector(words, Halves);
-    std::memcpy(p, &bits, sizeof bits);
-}
-
-// e^x of x up to 0, to 2e-7 of itself, and not below e^-87. By 2^n e^r, |r| <= log(2) / 2, and Taylor's
-// first terms of e^r.
-inline Lanes exponential(Lanes x) {
-    constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: a number added to it has its whole part in the lowest bits
-    const Lanes least = Lanes{} - 87.0f;
-    x = x < least ? least : x;
-    const Lanes shifted = x * 1.44269504f + MAGIC, n = shifted - MAGIC;
-    const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Lanes y = r * (1 / 720.0f) + 1 / 120.0f;
-    y = y * r + 1 / 24.0f;
-    y = y * r + 1 / 6.0f;
-    y = y * r + 0.5f;
-    y = y * r * r + r + 1.0f;
-    Words power;
-    std::memcpy(&power, &shifted, sizeof power);
-    power = (power + 127) << 23;
-    Lanes scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return y * scale;
-}
 
 template <class X>
 struct Softmax {  // of a row: exp(x - top) / total

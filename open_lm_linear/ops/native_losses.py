@@ -19,14 +19,7 @@ def native_entropy(logits: Tensor, targets: Tensor, z_loss: float, gradient: boo
     """
     if not _readable(logits, targets):
         return None
-    sums = torch.empty(len(logits), 2, dtype=torch.float64)
-    library, targets = native_library(), targets.contiguous()
-    assert library is not None
-    wrong = library.entropy_rows(
-        *(logits.data_ptr(), targets.data_ptr(), *logits.shape, z_loss, gradient),
-        *(sums.data_ptr(), native_threads(logits.numel()), logits.dtype == torch.bfloat16),
-    )
-    return _total(sums, wrong)
+    return _summed("entropy_rows", [logits], targets, [z_loss, gradient], kinds=2)
 
 
 def native_divergence(
@@ -39,14 +32,7 @@ def native_divergence(
     alike = teacher.dtype == logits.dtype and teacher.shape == logits.shape and teacher.is_contiguous()
     if not alike or not takes_native(teacher) or not _readable(logits, targets):
         return None
-    sums = torch.empty(len(logits), 3, dtype=torch.float64)
-    library, targets = native_library(), targets.contiguous()
-    assert library is not None
-    wrong = library.divergence_rows(
-        *(logits.data_ptr(), teacher.data_ptr(), targets.data_ptr(), *logits.shape, ce, kl, gradient),
-        *(sums.data_ptr(), native_threads(logits.numel()), logits.dtype == torch.bfloat16),
-    )
-    return _total(sums, wrong)
+    return _summed("divergence_rows", [logits, teacher], targets, [ce, kl, gradient], kinds=3)
 
 
 def _readable(logits: Tensor, targets: Tensor) -> bool:
@@ -54,7 +40,16 @@ def _readable(logits: Tensor, targets: Tensor) -> bool:
     return plain and targets.device.type == "cpu" and targets.dtype == torch.long and takes_native(logits)
 
 
-def _total(sums: Tensor, wrong: int) -> Tensor:
+def _summed(function: str, given: list[Tensor], targets: Tensor, options: list[float], kinds: int) -> Tensor:
+    """(kinds,) float32: what the compiled function has summed over the rows of logits, the first of those given."""
+    logits, targets, library = given[0], targets.contiguous(), native_library()
+    assert library is not None
+    sums = torch.empty(len(logits), kinds, dtype=torch.float64)
+    wrong = getattr(library, function)(
+        *(x.data_ptr() for x in [*given, targets]),
+        *(*logits.shape, *options, sums.data_ptr()),
+        *(native_threads(logits.numel()), logits.dtype == torch.bfloat16),
+    )
     if wrong:
         raise IndexError("a target is neither a token of the vocabulary nor -100")
     return sums.sum(0).float()

@@ -3,7 +3,9 @@
 
 #pragma once
 
-#include "native_losses.h"
+#include <algorithm>
+
+#include "native_lanes.h"
 
 namespace {
 
@@ -63,22 +65,11 @@ struct Turn {
     double sign;          // -1 turns back
 };
 
-template <class X, bool INTERLEAVED>
-void turned(const X* x, X* y, const float* cos, const float* sin, float sign, long pairs) {
-    constexpr long step = INTERLEAVED ? 2 : 1;
-    const long apart = INTERLEAVED ? 1 : pairs;
-    for (long i = 0; i < pairs; i++) {
-        const float a = widen(x[i * step]), b = widen(x[i * step + apart]), s = sign * sin[i];
-        narrow(a * cos[i] - b * s, y + i * step);
-        narrow(b * cos[i] + a * s, y + i * step + apart);
-    }
-}
-
 template <class X>
 void turn_of(const Turn& t, const X* x, X* y, long row) {
     const long b = row / t.tokens, token = row % t.tokens, table = b * t.table_batch_stride + token * t.pairs;
     x += b * t.batch_stride + token * t.token_stride, y += row * t.heads * t.dim;
-    const auto one = t.interleaved ? turned<X, true> : turned<X, false>;
+    const auto one = t.interleaved ? turned_pairs<X, true> : turned_pairs<X, false>;
     for (long h = 0; h < t.heads; h++, x += t.head_stride, y += t.dim) {
         one(x, y, t.cos + table, t.sin + table, float(t.sign), t.pairs);
         std::copy(x + 2 * t.pairs, x + t.dim, y + 2 * t.pairs);

@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "native_lanes.h"
 
 namespace {
 
@@ -27,53 +27,6 @@ struct Norm {
     const float *gain, *bias;  // or null
     double eps;
 };
-
-constexpr long LANES = 16;
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef float Eight __attribute__((vector_size(32)));
-typedef float Four __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-
-struct Bfloat16 {
-    uint16_t bits;
-};
-
-inline float widen(float x) { return x; }
-
-inline float widen(Bfloat16 x) {
-    uint32_t word = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-}
-
-inline void narrow(float x, float* to) { *to = x; }
-
-inline void narrow(float x, Bfloat16* to) {  // to the nearest, ties to even, as torch rounds
-    uint32_t word;
-    std::memcpy(&word, &x, sizeof word);
-    to->bits = x != x ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
-
-inline Lanes load(const float* p) {
-    Lanes x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-
-template <class T>
-T upper_half_added(const void* values) {
-    T low, high;
-    std::memcpy(&low, values, sizeof low);
-    std::memcpy(&high, static_cast<const char*>(values) + sizeof low, sizeof high);
-    return low + high;
-}
-
-inline float total(Lanes x) {
-    const Eight eight = upper_half_added<Eight>(&x);
-    const Four four = upper_half_added<Four>(&eight);
-    return (four[0] + four[1]) + (four[2] + four[3]);
-}
 
 // The products of two runs of 2 * LANES values, bfloat16 ones by pairs: a word has an even one below and an odd one
 // above, so that x must lie by `paired`.
