@@ -105,7 +105,7 @@ def prefill_calls(ours: Transformer, theirs: Transformer, ids: torch.Tensor) -> 
 
 
 def decode_calls(ours: Transformer, theirs: Transformer, ids: torch.Tensor) -> tuple[Calls, int]:
-    """One token behind a prompt, on each side and by a plain sum over as many bytes as weights; and these bytes."""
+    """The next token of a generation on each side, a plain sum over as many bytes as weights; and these bytes."""
     import torch
 
     from open_lm_linear.generate import prefill
@@ -114,13 +114,18 @@ def decode_calls(ours: Transformer, theirs: Transformer, ids: torch.Tensor) -> t
     with torch.no_grad(), by(token_loop):
         _, _, old = theirs(ids[:, :-1], use_cache=True)
 
+    def compiled() -> None:
+        nonlocal past
+        past = prefill(ours, token, past=past)[1]
+
     def by_loop() -> None:
+        nonlocal old
         with torch.no_grad(), by(token_loop):
-            theirs(token, past_key_values=old, use_cache=True)
+            _, _, old = theirs(token, past_key_values=old, use_cache=True)
 
     weights = sum(p.numel() * p.element_size() for n, p in ours.named_parameters() if "tok_embeddings" not in n)
     buffer = torch.ones(weights // 4)
-    return {"ours": lambda: prefill(ours, token, past=past), "token loop": by_loop, "floor": buffer.sum}, weights
+    return {"ours": compiled, "token loop": by_loop, "floor": buffer.sum}, weights
 
 
 def training_calls(model: Transformer, ids: torch.Tensor) -> Calls:

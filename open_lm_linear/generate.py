@@ -205,11 +205,12 @@ def prefill(
     """
     import torch
 
-    with torch.no_grad(), _products_of_one_row(model, input_ids):
-        if model.step is not None and past is not None and attention_mask is None:
+    if model.step is not None and past is not None and attention_mask is None:
+        with torch.no_grad():
             done = model.step(input_ids, past)
-            if done is not None:
-                return done
+        if done is not None:
+            return done
+    with torch.no_grad(), _products_of_one_row(model, input_ids):
         for begin in range(0, input_ids.shape[1], chunk):
             span = slice(begin, begin + chunk)
             mask = None if attention_mask is None else attention_mask[:, span]

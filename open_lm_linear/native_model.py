@@ -72,7 +72,7 @@ class NativeStep:
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self._made: _Description | None = None
+        self._made: _Stack | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"block": self.block, "_made": None}  # pointers do not travel
@@ -84,12 +84,12 @@ class NativeStep:
         if keep is not None or first is not None or not _few(x):
             return None
         if self._made is None or not self._made.holds():
-            self._made = None if why_not_native(self.block) else _Description(self.block)
-        if self._made is None or x.dtype != self._made.dtype:
+            self._made = None if why_not_native(self.block) else _Stack([_Description(self.block)])
+        if self._made is None or x.dtype != self._made.blocks[0].dtype:
             return None
         x, y = x.contiguous(), torch.empty_like(x)
         call = NativeCall(x=x.data_ptr(), y=y.data_ptr(), bfloat16=x.dtype == torch.bfloat16)
-        (after,) = _through([self._made], call, x.shape[0], positions, [state])
+        (after,) = self._made.through(call, x.shape[0], positions, [state])
         return y, after
 
 
@@ -98,7 +98,7 @@ class NativeModel:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self._made: tuple[_Ends, list[_Description]] | None = None
+        self._made: tuple[_Ends, _Stack] | None = None
         self._last: weakref.ref[Past] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class NativeModel:
         assert self._made is not None
         ends, blocks = self._made
         ids, logits = ids.long().contiguous(), torch.empty(len(ids), self.model.config.vocab_size)
-        states = _through(blocks, ends.call(ids, logits), len(ids), past.positions, past.layers)
+        states = blocks.through(ends.call(ids, logits), len(ids), past.positions, past.layers)
         cap = self.model.config.logit_softcap
         after = Past(tuple(states), past.positions + 1)
         self._last = weakref.ref(after)
@@ -127,10 +127,10 @@ class NativeModel:
 
     def _described(self) -> bool:
         """Whether the description is that of the model as it is now, made anew if need be."""
-        if self._made is None or not all(made.holds() for made in (self._made[0], *self._made[1])):
+        if self._made is None or not all(made.holds() for made in self._made):
             self._made = None
             if not _unreadable(self.model):
-                self._made = _Ends(self.model), [_Description(block) for block in self.model.blocks()]
+                self._made = _Ends(self.model), _Stack([_Description(block) for block in self.model.blocks()])
         return self._made is not None
 
 
@@ -139,46 +139,6 @@ def _few(x: Tensor) -> bool:
     if x.shape[1] != 1 or not 0 < x.shape[0] <= ROWS or x.device.type != "cpu" or torch.is_grad_enabled():
         return False
     return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-
-
-def _through(
-    blocks: Sequence[_Description],
-    call: NativeCall,
-    batch: int,
-    positions: Tensor,
-    states: Sequence[State | None],
-) -> list[State]:
-    """Makes a call, but for its ends, and does it: the states (B, ...) behind the blocks."""
-    library, layers, positions = native_library(), (NativeLayer * len(blocks))(), positions.contiguous()
-    assert library is not None
-    kept: list[Any] = []
-    after: list[State] = []
-    for layer, made, state in zip(layers, blocks, states, strict=True):
-        native = made.native
-        layer.block = ctypes.addressof(native)
-        if native.rotary_at:
-            kept.append(made.attention.rotary.frequencies(positions[:, None]))
-            layer.frequencies = kept[-1].data_ptr()
-        S = torch.empty(batch, native.heads, native.features, native.v_dim)
-        Z = torch.empty(batch, native.heads, native.features, 1) if made.summed else None
-        if state is not None:
-            assert isinstance(state, LinearState)
-            kept.append(state.S.contiguous())
-            layer.S = kept[-1].data_ptr()
-            if state.Z is not None:
-                kept.append(state.Z.contiguous())
-                layer.Z = kept[-1].data_ptr()
-        layer.next_S, layer.next_Z = S.data_ptr(), None if Z is None else Z.data_ptr()
-        after.append(LinearState(S, Z))
-    call.threads = native_threads(sum(made.elements for made in blocks))
-    call.rows, call.dim, call.layers = batch, blocks[0].native.dim, len(blocks)
-    call.layer, call.positions = ctypes.addressof(layers), positions.data_ptr()
-    call.position_stride = int(len(positions) > 1)
-    memory = torch.empty(library.token_memory(ctypes.byref(call)))
-    call.memory = memory.data_ptr()
-    if library.token_step(ctypes.byref(call)):
-        raise IndexError("a token id is outside of the model's vocabulary")
-    return after
 
 
 class _Pointers:
@@ -263,6 +223,8 @@ class _Description(_Pointers):
         native.rotary_at = 0 if rotary.layout == "none" else ROTARY_AT.index(options.rotary_at)
         native.rotary_pairs, native.interleaved = rotary.turned // 2, rotary.layout == "llama_rotary"
         native.rotary_magnitude = rotary.magnitude
+        fixed = native.rotary_at and not rotary.follows_length()
+        self.frequencies = rotary.frequencies(torch.zeros(1, dtype=torch.long)) if fixed else None
         native.normaliser = NORMALISERS.index(options.normaliser)
         native.normaliser_eps, native.sum_least, native.exp_limit = GROUP_NORM_EPS, SUM_EPS, EXP_LIMIT
         native.key_scale = attention.features**-0.5
@@ -298,3 +260,58 @@ class _Description(_Pointers):
         else:
             native.ffn_gate, native.ffn_down = self.matrix(part[0]), self.matrix(part[2])  # type: ignore[index]
         native.hidden = native.ffn_gate.out
+
+
+class _Stack:
+    """Blocks one behind the other."""
+
+    def __init__(self, blocks: Sequence[_Description]) -> None:
+        self.blocks = blocks
+        self.elements = sum(made.elements for made in blocks)
+        self.layers = (NativeLayer * len(blocks))()  # but for the states, and for frequencies that follow the length
+        for layer, made in zip(self.layers, blocks, strict=True):
+            layer.block = ctypes.addressof(made.native)
+            layer.frequencies = None if made.frequencies is None else made.frequencies.data_ptr()
+
+    def holds(self) -> bool:
+        """Whether every block is what it was."""
+        return all(made.holds() for made in self.blocks)
+
+    def through(
+        self, call: NativeCall, batch: int, positions: Tensor, states: Sequence[State | None]
+    ) -> list[LinearState]:
+        """Makes a call, but for its ends, and does it: the states (B, ...) behind the blocks.
+
+        The weights that went by have left nothing of this in the processor's caches, which makes every line of it
+        five times as long as it seems.
+        """
+        library, positions = native_library(), positions.contiguous()
+        assert library is not None
+        layers = type(self.layers).from_buffer_copy(self.layers)
+        kept: list[Tensor] = []
+        after: list[LinearState] = []
+        for layer, made, state in zip(layers, self.blocks, states, strict=True):
+            native = made.native
+            if native.rotary_at and made.frequencies is None:
+                kept.append(made.attention.rotary.frequencies(positions[:, None]))
+                layer.frequencies = kept[-1].data_ptr()
+            S = torch.empty(batch, native.heads, native.features, native.v_dim)
+            Z = torch.empty(batch, native.heads, native.features, 1) if made.summed else None
+            if state is not None:
+                assert isinstance(state, LinearState)
+                kept.append(state.S.contiguous())
+                layer.S = kept[-1].data_ptr()
+                if state.Z is not None:
+                    kept.append(state.Z.contiguous())
+                    layer.Z = kept[-1].data_ptr()
+            layer.next_S, layer.next_Z = S.data_ptr(), None if Z is None else Z.data_ptr()
+            after.append(LinearState(S, Z))
+        call.threads = native_threads(self.elements)
+        call.rows, call.dim, call.layers = batch, self.blocks[0].native.dim, len(layers)
+        call.layer, call.positions = ctypes.addressof(layers), positions.data_ptr()
+        call.position_stride = int(len(positions) > 1)
+        memory = torch.empty(library.token_memory(ctypes.byref(call)))
+        call.memory = memory.data_ptr()
+        if library.token_step(ctypes.byref(call)):
+            raise IndexError("a token id is outside of the model's vocabulary")
+        return after

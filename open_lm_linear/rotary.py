@@ -98,15 +98,18 @@ class Rotary:
         turned = turned.to(x.dtype)
         return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
+    def follows_length(self) -> bool:
+        """Whether the frequencies depend on how far a call reaches."""
+        return self.scaling is not None and self.scaling["rope_type"] in ("dynamic", "longrope")
+
     def frequencies(self, positions: Tensor) -> Tensor:
         """The D/2 frequencies, float32, for a call whose furthest position is that of ``positions``."""
-        kind = None if self.scaling is None else self.scaling["rope_type"]
-        if kind not in ("dynamic", "longrope"):
+        if not self.follows_length():
             frozen = None if self.scaling is None else tuple(sorted(self.scaling.items()))
             return _fixed(self.turned, self.base, self.scale, self.rounding, frozen, positions.device)
         assert self.scaling is not None
         length, original = positions.max() + 1, self.scaling["original_max_position_embeddings"]
-        if kind == "dynamic":
+        if self.scaling["rope_type"] == "dynamic":
             # The base grows so that the slowest pair turns over the longer context as far as it did over the trained.
             stretch = self.scaling["factor"] * length.clamp(min=original) / original - (self.scaling["factor"] - 1)
             base = self.base * stretch ** (self.turned / (self.turned - 2))

@@ -54,6 +54,22 @@ def test_few_rows_are_multiplied_at_every_size(
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out, inputs", [(300, 259), (64, 512), (1001, 48), (17, 2100)])
+def test_the_bits_of_an_output_do_not_depend_on_the_rows_read_beside_it(
+    out: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = [1]
+    monkeypatch.setattr("open_lm_linear.ops.rows.native_threads", lambda elements: count[0])
+    weight, x = torch.randn(out, inputs).to(dtype), torch.randn(3, inputs).to(dtype)
+    with torch.no_grad():
+        expected = torch.cat([F.linear(x, RowsParameter(row[None])) for row in weight], 1)
+        for count[0] in (1, 2, 3, 7):
+            assert torch.equal(F.linear(x, RowsParameter(weight)), expected)
+            assert torch.equal(F.linear(x[1:2], RowsParameter(weight)), expected[1:2])
+
+
+@compiled
 @pytest.mark.parametrize("case", ["gradients", "many rows", "a vector", "no rows", "columns", "autocast"])
 def test_all_other_products_are_as_they_were(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch)

@@ -7,7 +7,13 @@
 
 namespace {
 
+#if defined(__AVX512F__)  // floats of a register: a longer run goes through memory
 constexpr long LANES = 16;
+#elif defined(__AVX__)
+constexpr long LANES = 8;
+#else
+constexpr long LANES = 4;
+#endif
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
@@ -49,11 +55,13 @@ T upper_half_added(const void* values) {
     return low + high;
 }
 
-inline float total(Lanes x) {
-    const Eight eight = upper_half_added<Eight>(&x);
-    const Four four = upper_half_added<Four>(&eight);
-    return (four[0] + four[1]) + (four[2] + four[3]);
-}
+inline float total(Four x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+#if defined(__AVX__)
+inline float total(Eight x) { return total(upper_half_added<Four>(&x)); }
+#endif
+#if defined(__AVX512F__)
+inline float total(Lanes x) { return total(upper_half_added<Eight>(&x)); }
+#endif
 
 inline Lanes load(const Bfloat16* p) {
     Halves bits;

@@ -1,7 +1,7 @@
 // Products of a matrix and a few rows, and norms: what all of the compiled code is made of. All sums are float32.
 //
-// Every weight is read once a token, so the floor is the time of reading them. What keeps to it: the rows of a matrix
-// are read in the order of memory, each thread a run of its own, and bfloat16 becomes float32 in registers.
+// Every weight is read once a token, so the floor is the time of reading them. What keeps to it: each thread reads a few
+// runs of rows of its own at once, each in the order of memory, and bfloat16 becomes float32 in registers.
 
 #pragma once
 
@@ -51,7 +51,7 @@ struct Rows {
     long stride;
 };
 
-// Rows of n values as `dot` wants them beside weights of type W: even before odd in every whole run of 2 * LANES.
+// Rows of n values as `dots` wants them beside weights of type W: even before odd in every whole run of 2 * LANES.
 Rows paired(const float*, Rows x, long, long) { return x; }
 
 Rows paired(const Bfloat16*, Rows x, long rows, long n) {
@@ -68,18 +68,26 @@ Rows paired(const Bfloat16*, Rows x, long rows, long n) {
     return {kept.data(), n};
 }
 
+// Rows of a matrix that are multiplied at once, each from pages of its own: more reads are then under way than a
+// processor comes to by itself, and its prefetchers do not see two rows of one page.
+constexpr long STREAMS = 4;
+constexpr long PAGE = 4096;  // bytes
+
+// What is left of a row, and not inlined: whether products and sums are fused would else differ from place to place.
 template <class W>
-float dot(const W* w, const float* x, long n) {
-    Lanes a = {}, b = {}, c = {}, d = {};
-    long i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        add_products(w + i, x + i, a, b);
-        add_products(w + i + 2 * LANES, x + i + 2 * LANES, c, d);
-    }
-    if (i + 2 * LANES <= n) add_products(w + i, x + i, a, b), i += 2 * LANES;
-    float sum = total((a + b) + (c + d));
-    for (; i < n; i++) sum += widen(w[i]) * x[i];
+__attribute__((noinline)) float rest(const W* w, const float* x, long n, float sum) {
+    for (long i = 0; i < n; i++) sum += widen(w[i]) * x[i];
     return sum;
+}
+
+// x times each of R rows of n weights that begin `apart` one from the other; the sum of a row does not depend on R.
+template <long R, class W>
+void dots(const W* w, long apart, const float* x, long n, float* sums) {
+    Lanes even[R] = {}, odd[R] = {};
+    long i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        for (long r = 0; r < R; r++) add_products(w + r * apart + i, x + i, even[r], odd[r]);
+    for (long r = 0; r < R; r++) sums[r] = rest(w + r * apart + i, x + i, n - i, total(even[r] + odd[r]));
 }
 
 struct Share {  // of a thread
@@ -92,10 +100,19 @@ struct Share {  // of a thread
 template <class W>
 void times(const Matrix& m, long first, long count, Rows x, float* y, long y_stride, long rows) {
     const W* w = static_cast<const W*>(m.w) + first * m.in;
+    const long run = count / STREAMS, apart = run * m.in;
+    const bool streams = apart * long(sizeof *w) >= PAGE;
     x = paired(w, x, rows, m.in);
-    for (long o = 0; o < count; o++, w += m.in)
-        for (long r = 0; r < rows; r++)
-            y[r * y_stride + o] = dot(w, x.first + r * x.stride, m.in) + (m.b ? m.b[first + o] : 0.0f);
+    for (long o = 0; streams && o < run; o++)
+        for (long r = 0; r < rows; r++) {
+            float sums[STREAMS];
+            dots<STREAMS>(w + o * m.in, apart, x.first + r * x.stride, m.in, sums);
+            for (long s = 0; s < STREAMS; s++) y[r * y_stride + s * run + o] = sums[s];
+        }
+    for (long o = streams ? STREAMS * run : 0; o < count; o++)
+        for (long r = 0; r < rows; r++) dots<1>(w + o * m.in, 0, x.first + r * x.stride, m.in, y + r * y_stride + o);
+    for (long o = 0; m.b && o < count; o++)
+        for (long r = 0; r < rows; r++) y[r * y_stride + o] += m.b[first + o];
 }
 
 // `count` outputs of W x + b from the `first` on, for each of the rows.
@@ -109,7 +126,7 @@ void normalise(const Norm& norm, const float* x, float* y, long n) {
         if (x != y) std::memcpy(y, x, n * sizeof *x);
         return;
     }
-    double mean = 0, square = 0;
+    double mean = 0;
     if (norm.kind == 2) {
         Lanes sum = {};
         long i = 0;
@@ -119,8 +136,9 @@ void normalise(const Norm& norm, const float* x, float* y, long n) {
         mean /= n;
     }
     for (long i = 0; i < n; i++) y[i] = x[i] - float(mean);
-    square = dot(y, y, n) / n;
-    float scale = float(1 / std::sqrt(square + norm.eps));
+    float square;
+    dots<1>(y, 0, y, n, &square);
+    float scale = float(1 / std::sqrt(double(square) / n + norm.eps));
     for (long i = 0; i < n; i++) {
         float value = y[i] * scale;
         if (norm.gain) value *= norm.gain[i];
