@@ -3,6 +3,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+INTERPRETED = ("triton>=3.7", "fla-core==0.6.0", "lightning-attn==0.0.5")
 EXTRAS = {
     "gpu": ["triton", "xformers", "flash-linear-attention>=0.4", "lightning-attn"],
     "mamba": ["mamba-ssm"],  # the kernel of Mamba's scan; builds with nvcc
@@ -17,11 +18,11 @@ EXTRAS = {
     "serve": ["transformers[serving]>=5.17"],
     # accelerate and webdataset: what the tests compare our GGUF reader and our shards with; aiohttp: URLs;
     # pyarrow: parquet; lm-eval: the evaluation; transformers[serving]: the server, and the client that asks it; triton:
-    # its interpreter runs the kernels without a GPU, from 3.7 on with numpy 2.4.
+    # its interpreter runs the kernels without a GPU, from 3.7 on with numpy 2.4, and others' kernels beside ours.
     "dev": [
         *("pytest>=8", "pytest-xdist", "ruff==0.17.*", "mypy==2.4.*", "tensorboard", "matplotlib>=3.7"),
         *("accelerate", "webdataset", "aiohttp", "pyarrow", "lm-eval[hf]>=0.4.13", "transformers[serving]>=5.17"),
-        "triton>=3.7; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        *(f"{p}; sys_platform == 'linux' and platform_machine == 'x86_64'" for p in INTERPRETED),
     ],
 }
 

@@ -16,7 +16,7 @@ from open_lm_linear.model import create_model
 from open_lm_linear.ops import backends
 from open_lm_linear.ops.linear_attention import chunked, naive
 
-B, T, H, HKV, K, V = 2, 20, 4, 2, 16, 6
+B, T, H, HKV, K, V = 2, 20, 4, 2, 32, 20
 
 
 @pytest.fixture(autouse=True)

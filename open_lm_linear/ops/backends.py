@@ -31,7 +31,7 @@ Tensor = torch.Tensor
 BACKENDS = ("auto", "torch", "triton", "fla", "lightning")
 BACKEND_VARIABLE = "OPEN_LM_LINEAR_BACKEND"
 BACKEND_CHOICE = {"name": ""}  # of this process
-LIGHTNING_DIMS = (16, 32, 64, 128)
+LIGHTNING_DIMS = (32, 64, 128)
 HALF = (torch.bfloat16, torch.float16)
 MODULES = {
     "triton": "open_lm_linear.ops.triton_linear",
@@ -157,8 +157,9 @@ def why_not(
         return f"it takes heads of up to 256 dimensions, not {max(q.shape[3], v.shape[3])}"
     if name == "lightning" and (state is not None or first is not None or keep is not None):
         return "it takes whole sequences, without a state to begin with, packed documents or padding"
-    if name == "lightning" and q.shape[3] not in LIGHTNING_DIMS:
-        return f"it takes heads of 16, 32, 64 or 128 dimensions, not {q.shape[3]}"
+    if name == "lightning" and (q.shape[3] not in LIGHTNING_DIMS or v.shape[3] <= 16):
+        sizes = f"{q.shape[3]} and {v.shape[3]}"
+        return f"it takes keys of 32, 64 or 128 dimensions and values of more than 16, not {sizes}"
     return ""
 
 
