@@ -206,8 +206,7 @@ def prefill(
     import torch
 
     if model.step is not None and past is not None and attention_mask is None:
-        with torch.no_grad():
-            done = model.step(input_ids, past)
+        done = model.step(input_ids, past)
         if done is not None:
             return done
     with torch.no_grad(), _products_of_one_row(model, input_ids):
@@ -222,14 +221,15 @@ def prefill(
 def lay_out(model: Transformer) -> Transformer:
     """``model``, made ready for decoding on a CPU, in place; on other devices it is left as it is.
 
-    Matrices multiply few rows by compiled code (`ops/native.cpp`), and blocks of linear attention, or a whole model of
-    them, do a token in one call of it. Values, shapes and names stay; an optimizer that was made before has other
-    parameters. Where that code cannot be built, a warning says so once, and nothing changes. After parts of the model
-    were exchanged for others, call it again.
+    Matrices multiply few rows by compiled code (`ops/native.cpp`), which reads them from huge pages, and blocks of
+    linear attention, or a whole model of them, do a token in one call of it. Values, shapes and names stay; an
+    optimizer that was made before has other parameters. Where that code cannot be built, a warning says so once, and
+    nothing changes. After parts of the model were exchanged for others, call it again.
     """
     import torch
 
     from open_lm_linear.feature_maps import FeatureMap
+    from open_lm_linear.heap import to_huge_pages
     from open_lm_linear.native_model import make_native
     from open_lm_linear.ops.native import native_library, takes_matrix
     from open_lm_linear.ops.rows import RowsParameter
@@ -242,9 +242,10 @@ def lay_out(model: Transformer) -> Transformer:
         if isinstance(part, torch.nn.Linear) or (isinstance(part, FeatureMap) and part.layout == "full")
     ]
     parts += [model.tok_embeddings] if model.output is None else []
+    parts = [part for part in parts if takes_matrix(part.weight) and type(part.weight) is torch.nn.Parameter]
+    to_huge_pages(part.weight for part in parts)
     for part in parts:
-        if takes_matrix(part.weight) and type(part.weight) is torch.nn.Parameter:
-            part.weight = RowsParameter(part.weight, part.weight.requires_grad)
+        part.weight = RowsParameter(part.weight, part.weight.requires_grad)
     make_native(model)
     return model
 

@@ -81,7 +81,7 @@ class NativeStep:
         self, x: Tensor, positions: Tensor, keep: Any, first: Any, state: State | None
     ) -> tuple[Tensor, State] | None:
         """x (B, 1, hidden_dim) after the block, and its state; None where the block itself must do it."""
-        if keep is not None or first is not None or not _few(x):
+        if keep is not None or first is not None or torch.is_grad_enabled() or not _few(x):
             return None
         if self._made is None or not self._made.holds():
             self._made = None if why_not_native(self.block) else _Stack([_Description(self.block)])
@@ -107,6 +107,8 @@ class NativeModel:
     def __call__(self, ids: Tensor, past: Past) -> tuple[Tensor, Past] | None:
         """Logits (B, vocab_size) in float32 behind ids (B, 1), and the past; None where the model itself must do it.
 
+        Neither has a gradient.
+
         Raises:
             IndexError: an id outside of the vocabulary.
         """
@@ -118,10 +120,15 @@ class NativeModel:
             return None
         assert self._made is not None
         ends, blocks = self._made
-        ids, logits = ids.long().contiguous(), torch.empty(len(ids), self.model.config.vocab_size)
-        states = blocks.through(ends.call(ids, logits), len(ids), past.positions, past.layers)
+        if ids.dtype != torch.long or not ids.is_contiguous():
+            ids = ids.long().contiguous()
+        logits = torch.empty(len(ids), self.model.config.vocab_size)
+        positions, following = past.positions.contiguous(), torch.empty_like(past.positions)
+        call = NativeCall.from_buffer_copy(ends.call)
+        call.ids, call.logits, call.next_positions = ids.data_ptr(), logits.data_ptr(), following.data_ptr()
+        states = blocks.through(call, len(ids), positions, past.layers)
         cap = self.model.config.logit_softcap
-        after = Past(tuple(states), past.positions + 1)
+        after = Past(tuple(states), following)
         self._last = weakref.ref(after)
         return (logits if cap is None else cap * torch.tanh(logits / cap)), after
 
@@ -136,7 +143,7 @@ class NativeModel:
 
 def _few(x: Tensor) -> bool:
     """Whether x (B, 1, ...) is a token of few sequences that nothing else has a hand in."""
-    if x.shape[1] != 1 or not 0 < x.shape[0] <= ROWS or x.device.type != "cpu" or torch.is_grad_enabled():
+    if x.shape[1] != 1 or not 0 < x.shape[0] <= ROWS or x.device.type != "cpu":
         return False
     return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
@@ -185,13 +192,10 @@ class _Ends(_Pointers):
         own = [model.tok_embeddings, model.post_embed_norm, model.norm, model.output]
         super().__init__(part for part in own if part is not None)
         head = model.tok_embeddings if model.output is None else model.output
-        self.parts = {"embedding": self.matrix(model.tok_embeddings), "head": self.matrix(head)}
-        self.norms = {"after_embedding": self.norm(model.post_embed_norm), "before_head": self.norm(model.norm)}
-        self.scale = 1.0 if model.tok_embeddings.scale is None else model.tok_embeddings.scale
-
-    def call(self, ids: Tensor, logits: Tensor) -> NativeCall:
-        places = {"ids": ids.data_ptr(), "logits": logits.data_ptr()}
-        return NativeCall(embedding_scale=self.scale, **self.parts, **self.norms, **places)
+        parts = {"embedding": self.matrix(model.tok_embeddings), "head": self.matrix(head)}
+        norms = {"after_embedding": self.norm(model.post_embed_norm), "before_head": self.norm(model.norm)}
+        scale = 1.0 if model.tok_embeddings.scale is None else model.tok_embeddings.scale
+        self.call = NativeCall(embedding_scale=scale, **parts, **norms)  # but for a token's own
 
 
 class _Description(_Pointers):

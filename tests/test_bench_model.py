@@ -45,7 +45,7 @@ def test_the_benchmark_prints_and_writes_every_side(tmp_path: Path) -> None:
     assert [row["side"] for row in rows] == [
         *("64 tokens", "128 tokens"),
         *("ours", "token loop"),
-        *("ours", "token loop", "floor"),
+        *("ours", "token loop", "floor", "floor, huge"),
         *("ours", "quadratic"),
     ]
     for row in rows:

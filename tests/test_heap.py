@@ -1,15 +1,19 @@
-"""Memory that a process keeps: page faults of tensors that come and go, and what leaves malloc alone."""
+"""Memory that a process keeps, and what leaves malloc alone; parameters in huge pages."""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from open_lm_linear.heap import TUNED, kept_memory
+from open_lm_linear.heap import HUGE_PAGE, TUNED, kept_memory, to_huge_pages
 
 MEASURE = """
 import json, pathlib, resource, sys
@@ -66,3 +70,62 @@ def test_malloc_that_is_tuned_is_left_alone(name: str, monkeypatch: pytest.Monke
     monkeypatch.setenv(name, "")
     with kept_memory() as kept:
         assert not kept
+
+
+def huge_bytes() -> int:
+    """Of this process, in huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages for who asks")
+def test_parameters_move_to_huge_pages_and_keep_their_values() -> None:
+    torch.manual_seed(0)
+    parameters = [
+        nn.Parameter(torch.randn(shape).to(dtype))
+        for shape, dtype in (((700, 3001), torch.float32), ((5, 7), torch.bfloat16), ((2048, 1024), torch.bfloat16))
+    ]
+    kept, before = [p.detach().clone() for p in parameters], huge_bytes()
+    places = [p.data_ptr() for p in parameters]
+    moved = to_huge_pages([*parameters, parameters[0]])
+    assert sum(p.nbytes for p in parameters) <= moved < sum(p.nbytes + 64 for p in parameters)
+    assert not set(places) & {p.data_ptr() for p in parameters}
+    assert parameters[0].data_ptr() % HUGE_PAGE == 0
+    for parameter, value in zip(parameters, kept, strict=True):
+        assert torch.equal(parameter, value) and parameter.shape == value.shape and parameter.dtype == value.dtype
+        assert parameter.requires_grad and parameter.untyped_storage().nbytes() == parameter.nbytes
+    parameters[0].sum().backward()
+    assert torch.equal(parameters[0].grad, torch.ones(700, 3001))
+    if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        assert huge_bytes() > before
+
+
+def test_memory_that_something_else_shares_is_left() -> None:
+    whole = torch.randn(2, 1024, 1024)
+    part, columns = nn.Parameter(whole[0]), nn.Parameter(torch.randn(1024, 1024).T)
+    twice = torch.randn(1024, 1024)
+    shared = [nn.Parameter(twice), nn.Parameter(twice)]
+    others = nn.Parameter(torch.randn(1024, 1024).share_memory_())
+    with torch.inference_mode():
+        unknown = nn.Parameter(torch.randn(1024, 1024), requires_grad=False)
+    given = [part, columns, *shared, others, unknown]
+    places = [p.data_ptr() for p in given]
+    assert to_huge_pages(given) == 0
+    assert [p.data_ptr() for p in given] == places
+
+
+def test_less_than_a_page_is_left() -> None:
+    small = nn.Parameter(torch.randn(10, 10))
+    place = small.data_ptr()
+    assert to_huge_pages([small]) == to_huge_pages([]) == 0
+    assert small.data_ptr() == place
+
+
+def test_where_memory_is_refused_all_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refused)
+    parameter = nn.Parameter(torch.randn(1024, 1024))
+    place = parameter.data_ptr()
+    assert to_huge_pages([parameter]) == 0 and parameter.data_ptr() == place

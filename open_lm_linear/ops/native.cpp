@@ -1,5 +1,6 @@
 // One token of a few sequences on a CPU, through blocks of linear attention or a whole model of them; products of a
-// matrix and a few rows; losses; and what training has between its products. `native.py` builds this file, fills in the structs, and gives the pointers.
+// matrix and a few rows; losses; and what training has between its products. `native.py` builds this file, fills in the
+// structs, and gives the pointers.
 
 #include <omp.h>
 
@@ -86,6 +87,8 @@ int64_t token_memory(const Call* c) { return Memory(*c).size; }
 int token_step(const Call* c) {
     for (long r = 0; c->ids && r < c->rows; r++)
         if (c->ids[r] < 0 || c->ids[r] >= c->embedding.out) return 1;
+    for (long r = 0; c->next_positions && r < (c->position_stride ? c->rows : 1); r++)
+        c->next_positions[r] = c->positions[r] + 1;
 #pragma omp parallel num_threads(c->threads)
     run(*c, Share{omp_get_thread_num(), omp_get_num_threads()});
     return 0;

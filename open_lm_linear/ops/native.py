@@ -75,6 +75,7 @@ class NativeCall(ctypes.Structure):
         _fields(INT, "rows threads dim layers")
         + _fields(POINTER, "layer positions")
         + _fields(INT, "position_stride")
+        + _fields(POINTER, "next_positions")
         + _fields(POINTER, "x y")
         + _fields(INT, "bfloat16")
         + _fields(POINTER, "ids logits")

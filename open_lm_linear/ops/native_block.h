@@ -37,6 +37,7 @@ struct Call {
     const Layer* layer;
     const int64_t* positions;  // (rows,), or one where `position_stride` is 0
     int64_t position_stride;
+    int64_t* next_positions;  // (rows,), or one, or null
     // Either the residual stream, before and after the blocks, (rows, dim) in the model's dtype ...
     const void* x;
     void* y;
