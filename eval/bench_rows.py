@@ -32,8 +32,8 @@ class Bench:
     """cpu: training sequences."""
     growth: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
     """cpu: lengths over which the operator's time and memory are fitted."""
-    decoded: int = 24
-    """Tokens timed one by one."""
+    decoded: int = 64
+    """Tokens timed."""
     runs: int = 3
     """Timed rounds of prefill and training; the median stands in the table."""
     threads: int = 0
