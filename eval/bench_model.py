@@ -228,7 +228,10 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 def on_cpu(bench: Bench) -> list[Row]:
     """Prefill, decoding and training of the small model in each dtype."""
+    import torch
+
     from open_lm_linear.generate import lay_out
+    from open_lm_linear.ops.products import product_dtype
 
     found = growth(bench)
     for dtype in bench.dtypes:
@@ -238,11 +241,12 @@ def on_cpu(bench: Bench) -> list[Row]:
         jobs = {
             f"prefill of {bench.tokens}": (timed(prefill_calls(ours, model, ids[:, 1:]), bench.runs, 1), bench.tokens),
             "decode": (decode_times(decoding, bench.decoded), 1),
-            f"forward + backward, {bench.tokens} x {bench.batch}": (
-                training_times(bench, dtype),
-                bench.tokens * bench.batch,
-            ),
         }
+        if product_dtype(getattr(torch, dtype), ids.device) == getattr(torch, dtype):
+            training = f"forward + backward, {bench.tokens} x {bench.batch}"
+            jobs[training] = (training_times(bench, dtype), bench.tokens * bench.batch)
+        else:
+            print(f"no training in {dtype}: this CPU has no instruction for its products")
         for what, (times, tokens) in jobs.items():
             new = rows(f"{what}, {dtype}", times, tokens)
             notes = []

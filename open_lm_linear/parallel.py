@@ -25,7 +25,8 @@ class ParallelConfig:
     device: str = "auto"
     """auto (this rank's GPU where there is one), cpu, cuda or cuda:N."""
     precision: Literal["amp_bf16", "amp_bfloat16", "bf16", "fp32"] = "amp_bf16"
-    """amp_bf16: float32 weights, bf16 compute. bf16: bf16 throughout. fp32: float32 throughout."""
+    """amp_bf16: float32 weights, bf16 compute (float32 on a CPU that has no instruction for it). bf16: bf16
+    throughout. fp32: float32 throughout."""
     fsdp: bool = False
     """Shard parameters, gradients and optimiser over all ranks; without it every rank holds them all."""
     fsdp_hybrid: bool = False
@@ -94,12 +95,10 @@ class Context:
         return self.rank == 0
 
     def autocast(self) -> Any:
-        """bf16 autocast under amp, nothing otherwise."""
-        import torch
+        """bf16 autocast under amp, nothing otherwise or on a CPU that has no bf16 products."""
+        from open_lm_linear.ops.products import autocast
 
-        if not self.precision.startswith("amp"):
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return autocast(self.device) if self.precision.startswith("amp") else contextlib.nullcontext()
 
     @property
     def param_dtype(self) -> torch.dtype:
@@ -128,6 +127,8 @@ def setup(cfg: ParallelConfig) -> Iterator[Context]:
     import torch
     import torch.distributed as dist
 
+    from open_lm_linear.ops.products import warn_of_bfloat16_weights
+
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = resolve_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -137,6 +138,8 @@ def setup(cfg: ParallelConfig) -> Iterator[Context]:
     if grouped:
         _init_process_group(cfg, device, world)
     ctx = Context(rank, world, device, cfg.precision)
+    if cfg.precision == "bf16":
+        warn_of_bfloat16_weights(device)
     try:
         with kept_memory() if device.type == "cpu" else contextlib.nullcontext():
             yield ctx

@@ -19,6 +19,7 @@ from open_lm_linear.cli import UserError
 from open_lm_linear.config import from_cli
 from open_lm_linear.data.manifest import Shard, write_manifest
 from open_lm_linear.data.shards import write_shard
+from open_lm_linear.ops import products
 from open_lm_linear.optim import OptimConfig, schedule
 from open_lm_linear.train import train
 
@@ -257,6 +258,15 @@ def test_bf16_autocast_trains_float32_weights(tmp_path: Path, data: Path) -> Non
     assert rows(folder, "metrics.jsonl")[-1]["loss"] < rows(folder, "metrics.jsonl")[0]["loss"]
     pure = run(tmp_path, data, "pure", "--precision", "bf16")
     assert {v.dtype for v in weights(pure).values()} == {torch.bfloat16}
+
+
+def test_amp_without_an_instruction_is_float32(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "CPU_MULTIPLIES_BFLOAT16", False)
+    products._say.cache_clear()
+    with pytest.warns(UserWarning, match="no instruction for bfloat16 products"):
+        amp = weights(run(tmp_path, data, "amp", "--precision", "amp_bf16"))
+    full = weights(run(tmp_path, data, "full", "--precision", "fp32"))
+    assert all(torch.equal(value, full[name]) for name, value in amp.items()) and amp.keys() == full.keys()
 
 
 def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,10 +80,11 @@ def perplexity(
     import torch
 
     from open_lm_linear.data.masks import inputs_and_targets
+    from open_lm_linear.ops import products
     from open_lm_linear.ops.losses import IGNORE
 
     device = model.head_weight().device
-    context = torch.autocast(device.type, dtype=autocast) if autocast is not None else nullcontext()
+    context = products.autocast(device, autocast) if autocast is not None else nullcontext()
     sums: list[float] = []
     counts: list[int] = []
     begin = generation.now(device)
@@ -120,25 +121,6 @@ def samples(
             row[name] = "".join(generation.stream_text(tokenizer, out[0, ids.shape[1] :].tolist()))
         rows.append(row)
     return rows
-
-
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, or float32 on a CPU that turns out slower at bfloat16 products, for want of an instruction."""
-    import torch
-
-    if device.type != "cpu":
-        return torch.bfloat16
-
-    def seconds(dtype: torch.dtype) -> float:
-        weight, x = (torch.ones(rows, 1024, dtype=dtype) for rows in (1024, 256))
-        best = math.inf
-        for _ in range(6):
-            begin = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    return min((torch.bfloat16, torch.float32), key=seconds)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -236,7 +218,10 @@ def evaluate_run(args: RunArgs, device: str = "auto") -> dict[str, Any]:
     Raises:
         UserError: not a run folder, no held-out data, or anything that the models' loading refuses.
     """
+    import torch
+
     from open_lm_linear import config
+    from open_lm_linear.ops.products import product_dtype
 
     run = Path(args.run)
     stages = stage_folders(run)
@@ -259,7 +244,7 @@ def evaluate_run(args: RunArgs, device: str = "auto") -> dict[str, Any]:
         result["perplexity"] = _perplexities(load, cfg, args)
         clock("perplexity")
     if not {"decoding", "samples"} <= set(args.skip):
-        dtype = fastest_dtype(place)
+        dtype = product_dtype(torch.bfloat16, place)
         pair = {name: loader(dtype) for name, loader in load.items() if name != "swapped"}
         result["model"] = pair["uptrained"].config.to_json()
         result["parameters"] = _parameters(pair["uptrained"])

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from open_lm_linear.ops.products import product_dtype
+
 Tensor = torch.Tensor
 
 CHUNK = 64
@@ -113,6 +115,10 @@ def chunked(
     batch, tokens, heads, dim = q.shape
     if heads % k.shape[2] or k.shape[2] != v.shape[2]:
         raise ValueError(f"{heads} query heads cannot share {k.shape[2]} key and {v.shape[2]} value heads")
+    wide = product_dtype(q.dtype, q.device)
+    if wide != q.dtype:
+        out, state = chunked(q.to(wide), k.to(wide), v.to(wide), log_decay, state, first, chunk)
+        return out.to(q.dtype), state
     if state is None:
         state = torch.zeros(batch, heads, dim, v.shape[-1], dtype=_state_dtype(q), device=q.device)
     # Whole chunks in one call and the rest as one shorter chunk in another, so that nothing is ever padded.

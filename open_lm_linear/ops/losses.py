@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from open_lm_linear.ops.native_losses import native_divergence, native_entropy
+from open_lm_linear.ops.products import product_dtype
 
 Tensor = torch.Tensor
 
@@ -181,10 +182,10 @@ def _by_chunks(
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of products: autocast's where it is on."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return hidden.dtype
+    """The dtype of products: autocast's where it is on, but none that the device has no products of."""
+    device = hidden.device
+    on = torch.is_autocast_enabled(device.type)
+    return product_dtype(torch.get_autocast_dtype(device.type) if on else hidden.dtype, device)
 
 
 class _ByChunks(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from open_lm_linear.ops.native import native_library, native_matrix, native_threads, takes_matrix
+from open_lm_linear.ops.products import product_dtype
 
 ROWS = 8  # above, reading the weights is not what a product costs
 
@@ -21,7 +22,8 @@ ROWS = 8  # above, reading the weights is not what a product costs
 class RowsParameter(nn.Parameter):
     """A matrix (out, in) whose products with up to ``ROWS`` rows, outside of autograd, are the compiled code's.
 
-    Everything else sees a parameter like any other.
+    More rows of bfloat16 are multiplied in float32 where the CPU has no instruction for them. Everything else sees a
+    parameter like any other.
     """
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> RowsParameter:
@@ -32,8 +34,12 @@ class RowsParameter(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if func is nn.functional.linear and not kwargs and not torch.is_grad_enabled():
                 x, weight = args[:2]
+                bias = args[2] if len(args) > 2 else None
                 if type(weight) is cls and _few(x, weight):
-                    return weight.times(x, args[2] if len(args) > 2 else None)
+                    return weight.times(x, bias)
+                wide = product_dtype(weight.dtype, weight.device)
+                if x.dtype == weight.dtype != wide and not torch.is_autocast_enabled("cpu"):
+                    return func(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
             return func(*args, **(kwargs or {}))
 
     def times(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from open_lm_linear.evaluation.run import machine, samples, write_json
 from open_lm_linear.evaluation.tables import RESULT
 from open_lm_linear.metrics import human_time, whole_rows
 from open_lm_linear.model import Transformer
+from open_lm_linear.ops.products import autocast
 from open_lm_linear.plan import Plan, architecture
 from open_lm_linear.pretrained.copies import convert
 from open_lm_linear.pretrained.copies import prepare as prepare_copy
@@ -195,7 +197,7 @@ def _pace(study: Study) -> tuple[float, float, float]:
     half = study.grid.run.get("precision", "amp_bf16") != "fp32"
     for _ in range(1 if place.type == "cpu" else 2):  # a GPU's first pass pays for what comes but once
         began = time.perf_counter()
-        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=half):
+        with autocast(place) if half else nullcontext():
             model.loss(ids[:, :-1], ids[:, 1:])[-1].backward()
         if place.type == "cuda":
             torch.cuda.synchronize(place)
