@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from machine import in_words, others, processor
 
 from open_lm_linear import cli
 
@@ -77,20 +77,6 @@ class Bench:
             sizes.pop("kv_heads", None)
         chosen = replace(self, **{name: getattr(self, name) or size for name, size in sizes.items()})
         return replace(chosen, kv_heads=chosen.kv_heads or chosen.heads)
-
-
-def processor(device: str) -> str:
-    """The name of what computes."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
-    except OSError:
-        name = ""
-    return name or platform.processor() or platform.machine()
 
 
 def sides(bench: Bench, tokens: int, dtype: str) -> dict[str, Callable[[bool], None]]:
@@ -270,9 +256,7 @@ def main() -> None:
         torch.set_num_threads(bench.threads)
     machine = f"{processor(bench.device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     print(machine)
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    note = " (others are computing here: the times below are theirs too)" if busy > 0.5 else ""
-    print(f"load average before the start {busy:.2f}{note}")
+    print(in_words(others()))
     print(f"{bench.runs} interleaved runs after {bench.warmup} to warm up")
     rows = run(bench)
     fits = exponents(rows)

@@ -11,8 +11,6 @@ what was measured and asserts nothing but that all sides read the same tokens.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from machine import in_words, others, processor
 
 from open_lm_linear import cli
 
@@ -172,12 +171,8 @@ def main() -> None:
         return
     import webdataset
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    note = " (others are computing here: the times below are theirs too)" if busy > 0.5 else ""
-    print(f"{cpu}, {os.cpu_count()} cores, webdataset {webdataset.__version__}, numpy {np.__version__}")
-    print(f"load average before the start {busy:.2f}{note}")
+    print(f"{processor()}, webdataset {webdataset.__version__}, numpy {np.__version__}")
+    print(in_words(others()))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(bench.folder or temporary)
         make(bench, folder)

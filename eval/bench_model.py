@@ -22,7 +22,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from bench_linear_attention import processor
 from bench_rows import Bench, Calls, Row, rows, show, timed
+from machine import in_words, others, processor
 
 from open_lm_linear import cli
 
@@ -278,9 +277,8 @@ def main() -> None:
     if bench.threads:
         torch.set_num_threads(bench.threads)
     machine = f"{processor(bench.device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    note = " (others are computing here: the times below are theirs too)" if busy > 0.5 else ""
-    print(f"{machine}\nload average before the start {busy:.2f}{note}\n")
+    busy = others()
+    print(f"{machine}\n{in_words(busy)}\n")
     heads = f"{'tokens/s':>10}{'median ms':>10}{'min':>10}{'max':>10}{'ratio':>9}"
     print(f"{'':58}{heads}")
     if bench.device == "cpu":
@@ -290,7 +288,7 @@ def main() -> None:
 
         found = on_gpu(bench)
     if bench.json:
-        figures = {"machine": machine, "load": busy, "rows": [dataclasses.asdict(row) for row in found]}
+        figures = {"machine": machine, "others": busy, "rows": [dataclasses.asdict(row) for row in found]}
         Path(bench.json).parent.mkdir(parents=True, exist_ok=True)
         Path(bench.json).write_text(json.dumps(figures, indent=1) + "\n")
 
