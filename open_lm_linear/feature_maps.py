@@ -48,7 +48,8 @@ class FeatureMap(nn.Module):
             shape = (heads * rows, heads * dim) if layout == "full" else (heads, rows, dim)
             self.weight = nn.Parameter(torch.empty(shape))
             self.bias = nn.Parameter(torch.empty(shape[:-1]))
-            self.init_weights()
+            if not self.weight.is_meta:  # where an identity matrix would import the compiler
+                self.init_weights()
 
     def init_weights(self) -> None:
         if self.layout == "none":

@@ -94,6 +94,10 @@ class Embedding(nn.Embedding):
         super().__init__(tokens, dim)
         self.scale = scale
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where normal numbers, of all things, import the compiler
+            super().reset_parameters()
+
     def forward(self, input_ids: Tensor) -> Tensor:
         x = super().forward(input_ids)
         return x if self.scale is None else x * torch.full((), self.scale, dtype=x.dtype, device=x.device)
@@ -479,12 +483,14 @@ def create_model(
         attn_name: another attention than the config's (``softmax``, ``linear``, ``package.module:Class``).
         changes: fields of the config or options of the attention, such as ``seq_len=4096`` or ``use_decay=False``.
     """
+    from open_lm_linear.heap import in_memory  # here, since exports carry the top of this file
+
     if isinstance(config, ModelConfig):
         config = swap(config, attn_name, **changes)
     else:
         config = read_config(config, attn_name, **changes)
     with torch.device("meta"):
         model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
+    model = in_memory(model.to(dtype), device)
     model.init_weights()
     return model

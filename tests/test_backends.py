@@ -196,3 +196,11 @@ def test_lightning_gets_its_layout_and_the_state_comes_beside_it(monkeypatch):
         assert relative(out, exact) < 1e-2 and relative(last, exact_last) < 1e-5
     with pytest.raises(UserError, match="backend lightning: it takes whole sequences"):
         backends.linear_operator(q, k, v, decay, last)
+
+
+def test_the_mark_of_a_constant_is_that_of_torch():
+    def ours() -> None: ...
+
+    def theirs() -> None: ...
+
+    assert vars(backends.constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}

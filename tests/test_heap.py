@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from open_lm_linear.heap import HUGE_PAGE, TUNED, kept_memory, to_huge_pages
+from open_lm_linear.heap import HUGE_PAGE, HUGE_REGIONS, TUNED, in_memory, kept_memory, to_huge_pages
 
 MEASURE = """
 import json, pathlib, resource, sys
@@ -129,3 +129,26 @@ def test_where_memory_is_refused_all_stays(monkeypatch: pytest.MonkeyPatch) -> N
     parameter = nn.Parameter(torch.randn(1024, 1024))
     place = parameter.data_ptr()
     assert to_huge_pages([parameter]) == 0 and parameter.data_ptr() == place
+
+
+def test_a_model_is_made_in_huge_pages_and_need_not_move() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(1024, 1024, dtype=torch.bfloat16), nn.LayerNorm(1024), nn.Linear(1024, 600))
+    model[2].bias.requires_grad_(False)
+    facts = {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    others = len(HUGE_REGIONS)
+    assert in_memory(model, "cpu") is model
+    assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()} == facts
+    for i, parameter in enumerate(model.parameters()):
+        nn.init.constant_(parameter, i)
+    assert all((p == i).all() and p.untyped_storage().nbytes() == p.nbytes for i, p in enumerate(model.parameters()))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert model[0].weight.data_ptr() % HUGE_PAGE == 0 and to_huge_pages(model.parameters()) == 0
+        assert len(HUGE_REGIONS) == others + 1
+        del model, parameter
+        assert len(HUGE_REGIONS) == others
+
+
+def test_only_a_model_of_the_meta_device_is_put_in_memory() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        in_memory(nn.Linear(2, 2), "cpu")

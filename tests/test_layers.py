@@ -117,6 +117,19 @@ def test_the_model_needs_no_optional_package():
     assert run(code).splitlines() == ["1 3 61"] * 3
 
 
+def test_the_model_runs_without_the_compiler():
+    """Which takes as long to import as torch: nothing but training and torch.compile should wait for it."""
+    code = (
+        "import sys, open_lm_linear as oll, torch\nfrom open_lm_linear.architecture import ModelConfig\n"
+        "from open_lm_linear import generate, native_model\n"
+        "for name in ('softmax', 'linear', 'hedgehog', 'hedgehog_decay', 'lolcats', 'gated_linear', 'gated_delta'):\n"
+        "    model = generate.lay_out(oll.create_model(ModelConfig(32, 1, 4, 61, attn_name=name)).eval())\n"
+        "    out = generate.generate(model, torch.zeros(1, 3, dtype=torch.long), max_new_tokens=2)\n"
+        "    print(*out.shape, *[name] * ('torch._dynamo' in sys.modules))\n"
+    )
+    assert run(code).splitlines() == ["1 5"] * 7
+
+
 def test_no_unsafe_or_lenient_loading():
     """No strict=False, no pickle, no torch.load that could unpickle."""
     wrong = []

@@ -78,7 +78,8 @@ class Decay(nn.Module):
         super().__init__()
         self.slopes = slopes
         self.log_slopes = nn.Parameter(torch.empty(len(slopes)))
-        self.init_weights()
+        if not self.log_slopes.is_meta:  # where a logarithm would import the compiler
+            self.init_weights()
 
     def init_weights(self) -> None:
         with torch.no_grad():

@@ -17,7 +17,8 @@ import functools
 import importlib
 import os
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,17 @@ MODULES = {
 }
 
 KERNEL_MODULES: dict[str, Any] = {}  # imported so far: a compiled block could not import
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Marks what a compiler may take as a constant, by the mark of torch.compiler.assume_constant_result.
+
+    torch's own decorator imports the whole compiler, which takes as long as torch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def use_backend(name: str) -> None:
@@ -109,7 +121,7 @@ def run_backend(
     return form(q, k, v, log_decay, state, first)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def chosen_backend() -> str:
     """What `use_backend` or else the environment asks for."""
     name = BACKEND_CHOICE["name"] or os.environ.get(BACKEND_VARIABLE, "") or "auto"
@@ -163,7 +175,7 @@ def why_not(
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def missing(name: str, gpu: bool) -> str:
     """What a backend lacks on this machine, in words; empty where it is there."""
     if name == "torch":
@@ -189,7 +201,7 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _say_once(sentence: str) -> bool:
     return _said(sentence)
 

@@ -15,6 +15,7 @@ from open_lm_linear import attention
 from open_lm_linear.architecture import ModelConfig, ModelSection
 from open_lm_linear.cache import cache_folder
 from open_lm_linear.cli import UserError
+from open_lm_linear.heap import in_memory
 from open_lm_linear.model import Transformer, read_config, swap
 from open_lm_linear.parallel import Context, ParallelConfig, apply, put, put_rows, storage
 from open_lm_linear.pretrained.matching import Match, Recipe, match, require_equal
@@ -50,7 +51,7 @@ def load_pretrained(
     with torch.device("meta"):
         made = Transformer(swap(opened.config, attn_name, **changes))
     matched = match(made, opened)  # before memory is taken
-    made = made.to(dtype).to_empty(device=device)
+    made = in_memory(made.to(dtype), device)
     load_weights(made, opened, seed, matched)
     return made.eval()
 
@@ -64,7 +65,7 @@ def build_model(
         return load_pretrained(chosen, attn_name, dtype, device, seed, section.model, **section.changes())
     with torch.device("meta"):
         model = Transformer(read_config(section.model, section.attn_name or None, **section.changes()))
-    model = model.to(dtype).to_empty(device=device)
+    model = in_memory(model.to(dtype), device)
     initialise(model, seed)
     return model.eval()
 
@@ -143,6 +144,8 @@ def new_values(config: ModelConfig, seed: int, only: set[str]) -> Iterator[tuple
     Each part is drawn whole on the CPU from its own seed, so the values depend neither on the number of ranks nor on
     sharding or the device.
     """
+    if not only:
+        return
     with torch.device("meta"):
         twin = Transformer(config)
     left = set(only)
