@@ -74,6 +74,11 @@ class Objective:
         """(K,) of a piece of the batch: sums over its tokens for ``named``, the last of them to be differentiated."""
         return self.weights["ce"] * loss_of(model, self.ctx, part, self.cfg.optim.z_loss_coefficient)
 
+    def judged(self, model: Transformer, part: Part) -> tuple[Tensor, Tensor | None]:
+        """Of validation data, without gradients: every sequence's cross entropy (B,), and ``sums`` under a teacher."""
+        losses = loss_of(model, self.ctx, part, per_sequence=True)[:, 0]
+        return losses, None if self.teacher is None else self.sums(model, part)
+
     def count(self, targets: Tensor) -> Tensor:
         """How many tokens of (B, T) ``sums`` is over."""
         return (targets != IGNORE).sum()
@@ -132,6 +137,15 @@ class Distillation(Objective):
         register_fsdp_forward_method(self.teacher, "hidden")  # of a student it is called within ``loss``
 
     def sums(self, model: Transformer, part: Part) -> Tensor:
+        return self._taught(model, part)
+
+    def judged(self, model: Transformer, part: Part) -> tuple[Tensor, Tensor | None]:
+        if self.teacher is None:
+            return super().judged(model, part)
+        rows = self._taught(model, part, per_sequence=True)  # one pass gives both
+        return rows[:, 0], rows.sum(0)
+
+    def _taught(self, model: Transformer, part: Part, per_sequence: bool = False) -> Tensor:
         assert self.teacher is not None
         inputs, targets, first = part
         with self.ctx.autocast(), torch.no_grad():
@@ -139,7 +153,8 @@ class Distillation(Objective):
         with self.ctx.autocast(), parallel.unsharded(self.teacher):
             head, cap = self.teacher.head_weight(), self.teacher.config.logit_softcap
             teaching = Teaching(hidden, head, cap, top_k=self.cfg.objective.kl_top_k, **self.scales)
-            return model.loss(inputs, targets, self.cfg.optim.z_loss_coefficient, first=first, teaching=teaching)
+            z_loss = self.cfg.optim.z_loss_coefficient
+            return model.loss(inputs, targets, z_loss, first, per_sequence, teaching)
 
     def named(self, means: Tensor) -> dict[str, Any]:
         entropy, divergence, _ = means.tolist()

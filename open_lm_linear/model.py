@@ -343,17 +343,21 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Sum of the cross entropy (nats) over targets (B, T) other than -100, plus z_loss * sum(logsumexp^2).
 
-        The logits of all tokens never stand in memory at once. Returns a pair (2,): cross entropy, total; or one
-        pair a sequence (B, 2); with a teacher (3,): cross entropy, divergence from it, weighted total.
+        The logits of all tokens never stand in memory at once. Returns a pair (2,): cross entropy, total; with a
+        teacher (3,): cross entropy, divergence from it, weighted total; or as many of each sequence (B, 2 or 3).
         """
         hidden, _ = self.hidden(input_ids, first=first)
         weight, cap = self.head_weight(), self.config.logit_softcap
+
+        def loss_of(h: Tensor, t: Tensor, teaching: Teaching | TopTeaching | None) -> Tensor:
+            if teaching is not None:
+                return chunked_distillation(h, weight, t, teaching, z_loss, softcap=cap)
+            return chunked_cross_entropy(h, weight, t, z_loss, softcap=cap)
+
         if per_sequence:
-            rows = zip(hidden, targets, strict=True)
-            return torch.stack([chunked_cross_entropy(h, weight, t, z_loss, softcap=cap) for h, t in rows])
-        if teaching is not None:
-            return chunked_distillation(hidden.flatten(0, 1), weight, targets.flatten(), teaching, z_loss, softcap=cap)
-        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), z_loss, softcap=cap)
+            rows = enumerate(zip(hidden, targets, strict=True))
+            return torch.stack([loss_of(h, t, teaching and teaching.row(i)) for i, (h, t) in rows])
+        return loss_of(hidden.flatten(0, 1), targets.flatten(), teaching)
 
     def blocks(self) -> Iterator[Block]:
         """The blocks, typed."""

@@ -95,13 +95,12 @@ def evaluate_loss(model: Transformer, objective: Objective, batches: Iterable[Te
         rows = batch if len(batch) else torch.zeros(1, batch.shape[1], dtype=torch.long)
         part = masks.inputs_and_targets(rows.to(ctx.device), cfg.data)
         here = torch.zeros(micro, ctx.world_size, 3, dtype=torch.float64)
-        losses = loss_of(model, ctx, part, per_sequence=True)[: len(batch), 0]
-        here[: len(batch), ctx.rank, 0] = losses.double().cpu()
+        losses, sums = objective.judged(model, part)
+        here[: len(batch), ctx.rank, 0] = losses[: len(batch)].double().cpu()
         here[: len(batch), ctx.rank, 1] = (part[1] != IGNORE).sum(1)[: len(batch)].double().cpu()
         here[: len(batch), ctx.rank, 2] = 1
         found.append(here.flatten(0, 1))
-        if objective.teacher is not None:
-            sums = objective.sums(model, part)
+        if sums is not None:
             taught = taught + torch.cat((sums, objective.count(part[1])[None])) * bool(len(batch))
     model.train(was_training)
     reshard(model)  # a forward pass without gradients leaves FSDP's root gathered

@@ -204,6 +204,33 @@ def test_the_divergence_falls(place: Path, tmp_path: Path) -> None:
     assert logged[0]["flops_per_s"] > 0 and "(ce " in (folder / "out.log").read_text()
 
 
+TOP = ("--loss", "kl=1", "--kl-top-k", "5")
+
+
+@pytest.mark.parametrize("loss", [("--loss", "ce=1"), BOTH, MIXED, TOP], ids=" ".join)
+def test_validation_has_every_sequences_entropy_and_what_the_teacher_says(
+    loss: tuple[str, ...], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ignored targets, of which one row has nothing else; the student reads the batch once."""
+    student = pretrained.load_pretrained(place / "teacher", "hedgehog")
+    asked = objective(place, student, *loss)
+    ids, read, hidden = batch(8), [], student.hidden
+    targets = ids[:, 1:].clone()
+    targets[:, 3:6] = -100
+    targets[2] = -100
+    part = (ids[:, :-1], targets, None)
+    with torch.no_grad():
+        wanted = torch.stack([student.loss(ids[i : i + 1, :-1], targets[i : i + 1])[0] for i in range(8)])
+        total = None if asked.teacher is None else asked.sums(student, part)
+        monkeypatch.setattr(student, "hidden", lambda *args, **options: (read.append(1), hidden(*args, **options))[1])
+        losses, sums = asked.judged(student, part)
+    assert losses.shape == (8,) and losses[2] == 0 and relative(losses, wanted) < 1e-6 and len(read) == 1
+    if total is None:
+        assert sums is None
+    else:
+        assert sums is not None and sums.shape == total.shape and relative(sums, total) < 1e-6
+
+
 # ---------------------------------------------------------------- as exact as any run
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,10 @@ class Teaching:
     temperature: float = 1.0
     top_k: int = 0
 
+    def row(self, i: int) -> Teaching:
+        """What it says of one sequence of the batch."""
+        return replace(self, hidden=self.hidden[i])
+
 
 @dataclass(frozen=True)
 class TopTeaching:
@@ -92,6 +96,10 @@ class TopTeaching:
     ce: float = 0.0
     kl: float = 1.0
     temperature: float = 1.0
+
+    def row(self, i: int) -> TopTeaching:
+        """What it says of one sequence of the batch."""
+        return replace(self, ids=self.ids[i], log_p=self.log_p[i])
 
 
 def top_k_of(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
