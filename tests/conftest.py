@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
 from open_lm_linear.architecture import ModelConfig
 
@@ -57,6 +58,14 @@ def tar_of(path: Path, files: dict[str, bytes]) -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Starts ranks for a test, in a second."""
+    server = Ranks(tmp_path_factory.mktemp("ranks") / "log.txt")
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,13 @@ import errno
 import itertools
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ class Ranks:
     """A process that forks ranks on request. ``log`` takes what they print."""
 
     def __init__(self, log: Path) -> None:
-        self.log = log
+        self.log, self.begin = log, 0
         log.touch()
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(log)],
@@ -32,9 +34,15 @@ class Ranks:
         )
 
     def start(
-        self, world: int, argv: Sequence[str], poison: Any = None, full: Any = None, late: float = 0
+        self,
+        world: int,
+        argv: Sequence[str],
+        poison: Any = None,
+        full: Any = None,
+        late: float = 0,
+        program: Path | None = None,
     ) -> list[int]:
-        """Starts ``main`` with these flags on so many ranks; their process ids.
+        """Starts ``main``, or a program, with these words on so many ranks; their process ids.
 
         Args:
             poison: [rank, [step, ...]]: before the gradients of these attempts are clipped, one gradient of this rank
@@ -43,7 +51,9 @@ class Ranks:
             late: seconds that rank 0 takes to give a written checkpoint its name.
         """
         assert self.process.stdin and self.process.stdout
+        self.begin = self.log.stat().st_size
         job = {"world": world, "argv": list(argv), "poison": poison, "full": full, "late": late}
+        job["program"] = program and str(program)
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -53,12 +63,13 @@ class Ranks:
         assert self.process.stdout
         return json.loads(self.process.stdout.readline())
 
-    def run(self, world: int, argv: Sequence[str], poison: Any = None, full: Any = None, late: float = 0) -> list[int]:
-        self.start(world, argv, poison, full, late)
+    def run(self, world: int, argv: Sequence[str], **options: Any) -> list[int]:
+        self.start(world, argv, **options)
         return self.wait()
 
     def text(self) -> str:
-        return self.log.read_text()
+        """What the ranks of the last start printed."""
+        return self.log.read_bytes()[self.begin :].decode()
 
     def close(self) -> None:
         self.process.kill()
@@ -66,6 +77,7 @@ class Ranks:
 
 
 def _serve(log: str) -> None:
+    import torch._dynamo  # every optimiser's first step asks for it
     import torch.distributed.fsdp  # noqa: F401
     import torch.distributed.tensor  # noqa: F401
 
@@ -95,7 +107,7 @@ def _rank(log: str, rank: int, job: dict[str, Any], port: int) -> None:
     world = str(job["world"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.argv = ["main", *job["argv"]]
+    sys.argv = [job["program"] or "main", *job["argv"]]
     if job["poison"] and job["poison"][0] == rank:
         _poison(job["poison"][1])
     if job["full"] and job["full"][0] == rank:
@@ -104,9 +116,15 @@ def _rank(log: str, rank: int, job: dict[str, Any], port: int) -> None:
         _delay(job["late"])
     code = 1
     try:
-        main.main()
+        if job["program"]:
+            runpy.run_path(job["program"], run_name="__main__")
+        else:
+            main.main()
+        code = 0
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -60,15 +60,13 @@ def test_a_checkpoint_of_the_old_kind_is_resumed(tmp_path: Path, data: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
     """A run of two ranks under FSDP, and one of three, resumed from it."""
     tmp_path = tmp_path_factory.mktemp("sharded")
     manifest = make_data(tmp_path)
-    ranks = Ranks(tmp_path / "log.txt")
     more = ["--fsdp", "--global-batch-size", "12", "--resume", "latest"]
     assert ranks.run(2, words(tmp_path, manifest, "run", *more)) == [0, 0], ranks.text()
     assert ranks.run(3, words(tmp_path, manifest, "run", *more, "--epochs", "3")) == [0, 0, 0], ranks.text()
-    ranks.close()
     return tmp_path / "logs" / "run"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative, tiny
+from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from test_families import IDS, our_logits, random_model
 
@@ -188,18 +189,16 @@ with parallel.setup(cfg) as ctx:
     [("qwen2", "linear", {}), ("phi3", "", {"positional_embedding_type": "llama_rotary"}), ("llama", "", {})],
 )
 def test_each_rank_reads_the_rows_of_its_shards_alone(
-    kind: str, attn_name: str, changes: dict[str, Any], tmp_path: Path
+    kind: str, attn_name: str, changes: dict[str, Any], tmp_path: Path, ranks: Ranks
 ) -> None:
     random_model(tmp_path / "m", kind, vocab_size=601)
     script, out = tmp_path / "ranks.py", tmp_path / "out"
     script.write_text(RANKS)
-    words = [str(script), str(tmp_path / "m"), attn_name, json.dumps(changes), str(out)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
-    assert all(rank["equal"] for rank in ranks)
-    for rank in ranks:
+    argv = [str(tmp_path / "m"), attn_name, json.dumps(changes), str(out)]
+    assert ranks.run(2, argv, program=script) == [0, 0], ranks.text()
+    found = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
+    assert all(rank["equal"] for rank in found)
+    for rank in found:
         # Where rows change places inside a head, the head at the seam is read by both sides.
         assert rank["kept"] <= rank["read"] <= rank["kept"] * (1.05 if changes else 1.0)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative, tiny
+from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from test_train import make_data, rows, weights, worst
 
@@ -265,19 +263,14 @@ def test_resume_is_exact(loss: tuple[str, ...], place: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("fsdp", [False, True])
 @pytest.mark.parametrize("loss", [BOTH, MIXED], ids=" ".join)
-def test_two_ranks_give_the_update_of_one(loss: tuple[str, ...], fsdp: bool, place: Path, tmp_path: Path) -> None:
+def test_two_ranks_give_the_update_of_one(
+    loss: tuple[str, ...], fsdp: bool, place: Path, tmp_path: Path, ranks: Ranks
+) -> None:
     val = ("--val-data", str(place / "data" / "manifest.jsonl"), "--val-num-samples", str(16 * 41))
     alone = run(place, tmp_path, "alone", *loss, *val)
     more = ["--fsdp", "--grad-checkpointing"] if fsdp else []
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "open_lm_linear.main", "--"]
-    done = subprocess.run(
-        [*command, *words(place, tmp_path, "two", *loss, *val, "--accum-freq", "2", *more)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    argv = words(place, tmp_path, "two", *loss, *val, "--accum-freq", "2", *more)
+    assert ranks.run(2, argv) == [0, 0], ranks.text()[-3000:]
     assert worst(weights(tmp_path / "two"), weights(alone)) < 1e-5
     for one, two in zip(rows(alone, "results.jsonl"), rows(tmp_path / "two", "results.jsonl"), strict=True):
         for name in {"loss", "loss_kl", "align", "hidden"} & set(one):

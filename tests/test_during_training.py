@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +91,6 @@ def test_the_scores_are_those_of_the_checkpoint_and_training_goes_on_the_same(
         ids = generate.encode(tokenizer(), prompt)
         alone = generate.generate(model, ids, max_new_tokens=5)[0, ids.shape[1] :]
         assert said == {"prompt": prompt, "text": tokenizer().decode(alone.tolist())}
-
-
-@pytest.fixture
-def ranks(tmp_path: Path) -> Iterator[Ranks]:
-    server = Ranks(tmp_path / "ranks.log")
-    yield server
-    server.close()
 
 
 def test_sharded_ranks_share_the_requests_and_find_the_same(

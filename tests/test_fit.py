@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import relative, tiny
+from ranks import Ranks
 
 import open_lm_linear as oll
 from open_lm_linear.checkpoint import latest, open_part
@@ -116,20 +114,12 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_ranks_fit_as_one_does(tmp_path: Path, base: Path, fsdp: bool) -> None:
+def test_two_ranks_fit_as_one_does(tmp_path: Path, base: Path, fsdp: bool, ranks: Ranks) -> None:
     # 2000 tokens make 32 batches of 4 x 16 in one process and 16 of 8 x 16 over two: the same 2048 tokens.
     alone = train(from_cli(words(tmp_path, base, "alone")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "open_lm_linear.main", "--"]
     more = ["--fsdp"] if fsdp else []
-    done = subprocess.run(
-        [*command, *words(tmp_path, base, "two", *more)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "fitted 2 output projections on 2,048 tokens" in done.stdout
+    assert ranks.run(2, words(tmp_path, base, "two", *more)) == [0, 0], ranks.text()[-3000:]
+    assert "fitted 2 output projections on 2,048 tokens" in ranks.text()
     assert alone is not None
     one, two = (open_part(latest(f), "model") for f in (alone, tmp_path / "logs" / "two"))
     plain = oll.load_pretrained(base, "linear").state_dict()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative, tiny
+from ranks import Ranks
 from subjects import byte_tokenizer
 from test_distillation import HERE, rows, run, save, weights, words
 from test_train import make_data, worst
@@ -263,7 +261,7 @@ def test_offline_is_online(seq_len: int, place: Path) -> None:
     assert relative(other, gradient) < 2e-3
 
 
-def test_a_run_without_a_teacher_in_memory(place: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_teacher_in_memory(place: Path, tmp_path: Path, ranks: Ranks) -> None:
     """It goes as that with the teacher, for any cut of a batch and on two ranks; after a kill it goes on exactly."""
     val = ("--val-data", str(place / "data"))
     online = run(place, tmp_path, "online", *KL, *RESET, "--kl-top-k", "8", *val)
@@ -278,12 +276,8 @@ def test_a_run_without_a_teacher_in_memory(place: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder)
     run(place, tmp_path, "offline", *KL, *RESET, *offline(place), *val, "--resume", "latest")
     assert all(torch.equal(before[name], after) for name, after in weights(kept).items())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "open_lm_linear.main", "--"]
     given = words(place, tmp_path, "two", *KL, *RESET, *offline(place), "--accum-freq", "2", "--fsdp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *given], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert ranks.run(2, given) == [0, 0], ranks.text()[-3000:]
     assert worst(weights(tmp_path / "two"), before) < 1e-5
     assert "learns from the top 8 tokens of" in (kept / "out.log").read_text()
     assert "frozen teacher" not in (kept / "out.log").read_text()

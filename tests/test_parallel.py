@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative, tiny
+from ranks import Ranks
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -189,18 +187,14 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def on_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def on_four_ranks(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
     """Every case on four ranks of one launch; a file of results each."""
     import json
 
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(folder / "program.py"), str(folder), json.dumps(CASES), AVERAGES]
-    paths = [str(Path(__file__).parent), str(Path(parallel.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    argv = [str(folder), json.dumps(CASES), AVERAGES]
+    assert ranks.run(4, argv, program=folder / "program.py") == [0] * 4, ranks.text()[-4000:]
     return folder
 
 

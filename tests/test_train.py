@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative
+from ranks import Ranks
 
 from open_lm_linear import optim, pretrained
 from open_lm_linear.checkpoint import checkpoints, latest, open_part, require_whole
@@ -188,19 +189,19 @@ def test_resume_is_exact(tmp_path: Path, data: Path) -> None:
     assert [r["loss"] for r in rows(part, "metrics.jsonl")] == [r["loss"] for r in rows(whole, "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_ranks_give_the_update_of_one(tmp_path: Path, data: Path, fsdp: bool) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "ranks"])
+def test_two_ranks_give_the_update_of_one(tmp_path: Path, data: Path, launcher: str, ranks: Ranks) -> None:
     alone = run(tmp_path, data, "alone")
-    more = ["--fsdp"] if fsdp else []
+    more = ["--fsdp"] if launcher == "torchrun" else []
+    argv = words(tmp_path, data, "two", "--accum-freq", "2", "--val-data", str(data), *more)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "open_lm_linear.main", "--"]
-    done = subprocess.run(
-        [*command, *words(tmp_path, data, "two", "--accum-freq", "2", "--val-data", str(data), *more)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if launcher == "torchrun":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *argv], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert ranks.run(2, argv) == [0, 0], ranks.text()[-3000:]
     two = tmp_path / "logs" / "two"
     assert worst(weights(two), weights(alone)) < 1e-5
     assert rows(two, "results.jsonl")[-1]["counted"] == 48 * 16
