@@ -21,6 +21,7 @@ from open_lm_linear.cli import UserError
 from open_lm_linear.convert import main, plan_text
 from open_lm_linear.pretrained import open_source
 from open_lm_linear.pretrained.copies import convert, prepare
+from open_lm_linear.pretrained.gguf_files import GGUFReader
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
@@ -279,8 +280,9 @@ def test_smollm2_passes_verify_on_real_text() -> None:
         source = open_source("smollm2")
     except UserError as error:
         pytest.skip(f"the model cannot be had here: {error}")
+    assert isinstance(source.reader, GGUFReader)
     text = parity.verify(source, tokens=256)
-    assert "256 tokens of the Python documentation" in text
+    assert "256 tokens of the Python documentation" in text and "which read the GGUF file itself," in text
     assert float(text.split(" differ by ")[1].split()[0]) < 1e-4
 
 
