@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from open_lm_linear.attention.base import Attention
 from open_lm_linear.model import Block, Transformer
@@ -181,10 +182,9 @@ def _moments(
 
 def _before_projection(attention: Attention, x: Tensor, positions: Tensor) -> Tensor:
     """What an attention hands to its output projection: (B, T, H V)."""
-    caught: list[Tensor] = []
-    hook = attention.out_proj.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    projection = attention.out_proj
+    attention.out_proj = nn.Identity()  # type: ignore[assignment]
     try:
-        attention(x, positions)
+        return attention(x, positions)[0]
     finally:
-        hook.remove()
-    return caught[0]
+        attention.out_proj = projection
