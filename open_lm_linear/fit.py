@@ -20,9 +20,9 @@ checkpoint looks as it did. The published recipe (SUPRA) does without; so does t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 from open_lm_linear.attention.base import Attention
 from open_lm_linear.model import Block, Transformer
@@ -182,9 +182,18 @@ def _moments(
 
 def _before_projection(attention: Attention, x: Tensor, positions: Tensor) -> Tensor:
     """What an attention hands to its output projection: (B, T, H V)."""
-    projection = attention.out_proj
-    attention.out_proj = nn.Identity()  # type: ignore[assignment]
+
+    class Reached(Exception):
+        """The attention has come to it; what lies behind is not computed."""
+
+    def stop(_: Any, args: tuple[Tensor, ...]) -> None:
+        raise Reached(args[0])
+
+    hook = attention.out_proj.register_forward_pre_hook(stop)
     try:
-        return attention(x, positions)[0]
+        attention(x, positions)
+    except Reached as reached:
+        return reached.args[0]
     finally:
-        attention.out_proj = projection
+        hook.remove()
+    raise AssertionError(f"{type(attention).__name__} does not call its out_proj")

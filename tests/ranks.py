@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+LIMIT = 240.0  # seconds that a run may take
+
 
 class Ranks:
     """A process that forks ranks on request. ``log`` takes what they print."""
@@ -49,6 +51,7 @@ class Ranks:
                 becomes NaN. Attempts are counted from 0 in each start.
             full: [rank, count]: the disk of this rank is full after so many tensors.
             late: seconds that rank 0 takes to give a written checkpoint its name.
+            program: a Python file to run in place of ``main``.
         """
         assert self.process.stdin and self.process.stdout
         self.begin = self.log.stat().st_size
@@ -59,7 +62,7 @@ class Ranks:
         return json.loads(self.process.stdout.readline())
 
     def wait(self) -> list[int]:
-        """The exit codes. When one rank fails, the others are ended as torchrun would."""
+        """The exit codes. When one rank fails, the others are ended as torchrun would; after LIMIT all are."""
         assert self.process.stdout
         return json.loads(self.process.stdout.readline())
 
@@ -171,7 +174,7 @@ def _delay(seconds: float) -> None:
 
 def _wait(pids: list[int]) -> list[int]:
     codes: dict[int, int] = {}
-    ended = 0.0
+    began, ended = time.monotonic(), 0.0
     while len(codes) < len(pids):
         for pid in pids:
             if pid in codes:
@@ -181,7 +184,7 @@ def _wait(pids: list[int]) -> list[int]:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 if codes[pid] and not ended:
                     ended = time.monotonic()
-        if ended and time.monotonic() - ended > 5:
+        if (ended and time.monotonic() - ended > 5) or time.monotonic() - began > LIMIT:
             for pid in set(pids) - set(codes):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
